@@ -1,0 +1,707 @@
+"""Tokenisation, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
+
+Nothing here knows an algorithm. Functions take explicit arguments and never write to the tensors they are given.
+Shapes: N prompts of the data set, B responses of a batch, P prompt length, R response length, V vocabulary.
+
+The one convention to remember is the response mask. It ends behind the first end token that was sampled, an action like
+any other, and is made once, by the rollout. Nothing compares ids with the padding id, which may be the end token's:
+
+>>> responses = torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0], [5, 7, 9, 8]])  # 0 is the end token and also the padding
+>>> response_mask = mask_through_first_end(responses, end_ids=[0])
+>>> response_mask.int().tolist()  # the first end token is counted; what follows is not; the last row never ended
+[[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+"""
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import io
+import json
+import math
+import numbers
+import os
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
+
+# ===== Command line: every mistake of the user is one line on standard error and exit code 2 =====
+
+
+class InputError(Exception):
+    """What the user gave is wrong. The message is one line: the flag or row, what was expected, what was found."""
+
+
+def require(condition, name, expected, found):
+    """Raise `InputError` unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{name}: expected {expected}, found {found!r}")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn an `InputError` into one line on standard error and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(args_class, argv=None):
+    """Parse the command line with tyro.
+
+    With `--resume RUN_DIR` the flags of that run are the defaults, so that nothing else has to be repeated.
+
+    Returns:
+        args: an instance of the dataclass `args_class`.
+        checkpoint: what `save_checkpoint` wrote last into RUN_DIR, or None without `--resume`.
+    Raises:
+        InputError: for an unknown flag or a value that does not parse.
+    """
+
+    def parse(default):
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                return tyro.cli(args_class, args=argv, default=default)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            lines = [line.strip("│╭╰╮╯─ ") for line in errors.getvalue().splitlines()[1:]]
+            raise InputError(
+                " ".join(line for line in lines if line and not line.startswith("For full help"))
+            ) from None
+
+    args = parse(None)
+    if not args.resume:
+        return args, None
+    checkpoint = load_checkpoint(args.resume)
+    known = {name: value for name, value in checkpoint["args"].items() if hasattr(args, name)}
+    return parse(args_class(**known)), checkpoint
+
+
+# ===== Runs: ranks, randomness, checkpoints =====
+
+
+def start_ranks(device):
+    """Join torchrun's process group, if there is one.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+    Returns:
+        rank, world_size and the torch.device of this rank.
+    Raises:
+        InputError: if a CUDA device is asked for where there is none.
+    """
+    require(device in ("auto", "cpu", "cuda"), "--device", "auto, cpu or cuda", device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: expected a CUDA device on this machine, found none (use --device cpu)")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return rank, world_size, torch.device(device)
+
+
+def all_reduce(tensor):
+    """Return the sum of `tensor` over all ranks; with one rank, `tensor` itself."""
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def make_generator(device, *key):
+    """A torch.Generator that depends on the integers of `key` alone.
+
+    Randomness is a function of (seed, iteration, rank), never of what ran before: a resumed run draws the same numbers.
+    """
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def prompt_indices(num_prompts, start, count, seed):
+    """Indices of the prompts at positions start ... start + count - 1 of an endless stream of shuffled epochs.
+
+    Returns:
+        A list of `count` integers below `num_prompts`; each epoch of `num_prompts` positions holds every index once.
+    """
+    positions = np.arange(start, start + count)
+    epochs = {
+        e: np.random.default_rng([seed, int(e)]).permutation(num_prompts) for e in np.unique(positions // num_prompts)
+    }
+    return [int(epochs[position // num_prompts][position % num_prompts]) for position in positions]
+
+
+def save_checkpoint(run_dir, iteration, state, keep=2):
+    """Write `state` to run_dir/checkpoint_{iteration}.pt and delete all but the newest `keep`.
+
+    The file is written under another name, flushed to the disk and renamed: a checkpoint is whole or not there.
+
+    Raises:
+        InputError: if the disk is full or not writable; older checkpoints are then untouched.
+    """
+    path = Path(run_dir) / f"checkpoint_{iteration:08d}.pt"
+    unfinished = path.with_suffix(".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise InputError(
+            f"--save-every: could not write {path} ({error}); older checkpoints in {run_dir} are whole, "
+            f"make room and go on with --resume {run_dir}"
+        ) from None
+    for old in sorted(Path(run_dir).glob("checkpoint_*.pt"))[:-keep]:
+        old.unlink()
+
+
+def load_checkpoint(run_dir):
+    """Load the newest checkpoint of `run_dir` onto the CPU; raise `InputError` if there is none."""
+    paths = sorted(Path(run_dir).glob("checkpoint_*.pt"))
+    if not paths:
+        raise InputError(
+            f"--resume: expected a run directory with a checkpoint_*.pt file, found none in {str(run_dir)!r}"
+        )
+    return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)
+
+
+# ===== Tokenisation and models =====
+
+
+def character_tokenizer(characters):
+    """A tokenizer with one token per character, and `<end>` as end and padding token. Unknown characters raise."""
+    vocabulary = {token: index for index, token in enumerate(["<end>", *sorted(set(characters))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def load_tokenizer(model, rows, trust_remote_code=False):
+    """The tokenizer of a checkpoint, or for `model == "tiny"` one of the characters that occur in `rows`."""
+    if model == "tiny":
+        texts = [row[column] for row in rows for column in ("prompt", "reference") if column in row]
+        return character_tokenizer({character for text in texts for character in str(text)})
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(
+            f"--model: expected `tiny` or a checkpoint with a tokenizer, found {model!r} ({error})"
+        ) from None
+
+
+def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False):
+    """A causal language model in fp32 with every dropout at 0.
+
+    Args:
+        model: folder or hub name of a checkpoint, or "tiny" for a GPT-2 of about 100k random parameters.
+        context_length: P + R, the number of positions that the model has to have.
+        seed: of the random weights of "tiny".
+    Raises:
+        InputError: if there is no such checkpoint, or its context is too short.
+    """
+    if model == "tiny":
+        end = tokenizer.eos_token_id
+        size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
+        config = GPT2Config(**size, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise InputError(f"--model: expected `tiny` or a checkpoint, found {model!r} ({error})") from None
+    # With dropout the loss would score another policy than the one that sampled, and PPO's ratio would not start at 1.
+    text_config = config.get_text_config()
+    for name, value in vars(text_config).items():
+        if re.search(r"dropout|pdrop", name) and isinstance(value, float):
+            setattr(text_config, name, 0.0)
+    positions = getattr(text_config, "max_position_embeddings", None) or math.inf
+    if positions < context_length:
+        raise InputError(
+            f"--response-length: expected prompt and response to fit the {positions} positions of {model}, "
+            f"found {context_length} (longest prompt plus --response-length)"
+        )
+    if model == "tiny":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise InputError(f"--model: expected the weights of a causal language model in {model!r} ({error})") from None
+
+
+def bfloat16_copy(model):
+    """A copy of `model` with bfloat16 parameters, for sampling; buffers (rotary frequencies) keep theirs."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Copy the parameters of one model into another of the same shape, in place, rounding to the target's precision."""
+    for old, new in zip(target.parameters(), source.parameters()):
+        old.copy_(new)
+
+
+def save_model(model, tokenizer, folder):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails."""
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"--output-dir: could not write the trained model to {folder} ({error})") from None
+
+
+def end_token_ids(tokenizer, model):
+    """All ids that end a response: the tokenizer's end token and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    end_ids = {tokenizer.eos_token_id, *configured} - {None}
+    if not end_ids:
+        raise InputError("--model: expected an end token in the tokenizer or the generation config, found none")
+    return sorted(end_ids)
+
+
+def position_ids(attention_mask):
+    """Positions of the real tokens, counted from 0 behind the left padding: (B, L) mask -> (B, L) integers."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+# ===== Prompts =====
+
+
+@dataclass
+class Prompts:
+    """Rows of a data set and their token ids.
+
+    rows: N dictionaries with `prompt` and any other columns. names: N names of the rows for messages.
+    ids, mask: (N, P) token ids, left-padded to the longest prompt, and where they are real tokens.
+    """
+
+    rows: list
+    names: list
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def select(self, indices):
+        """The prompts at `indices` (a list of integers), in that order."""
+        return Prompts(
+            [self.rows[i] for i in indices], [self.names[i] for i in indices], self.ids[indices], self.mask[indices]
+        )
+
+
+NUM_SORT_PROMPTS = 2**15
+
+
+def _read_jsonl(path, flag):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag}: could not read {path} ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{flag}: expected a JSON object in {path} line {number}, found {line[:40]!r} ({error})"
+            ) from None
+        require(isinstance(rows[-1], dict), f"{flag} {path} line {number}", "a JSON object", rows[-1])
+    return rows
+
+
+def load_rows(dataset, flag):
+    """Read a data set: "sort", a file of JSON lines, or a hub name NAME[:SPLIT[:CONFIG]] (with the package `datasets`).
+
+    Returns:
+        A list of dictionaries, and a name of each row for messages.
+    Raises:
+        InputError: if there is no such data set, it has no rows, or a line is not a JSON object.
+    """
+    if dataset == "sort":  # five digits; the reference is the same digits in order
+        digits = np.random.default_rng(0).permutation(100_000)[:NUM_SORT_PROMPTS]
+        rows = [{"prompt": f"{i:05d}", "reference": "".join(sorted(f"{i:05d}"))} for i in digits]
+        return rows, [f"sort row {i + 1}" for i in range(len(rows))]
+    if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
+        rows = _read_jsonl(dataset, flag)
+        names = [f"{dataset} line {i + 1}" for i in range(len(rows))]
+    else:
+        if importlib.util.find_spec("datasets") is None:
+            expected = "`sort`, a FILE.jsonl, or a hub name with the package datasets installed (pip install datasets)"
+            raise InputError(f"{flag}: expected {expected}, found {dataset!r}")
+        from datasets import load_dataset
+
+        name, _, rest = dataset.partition(":")
+        split, _, config = rest.partition(":")
+        try:
+            rows = [dict(row) for row in load_dataset(name, config or None, split=split or "train")]
+        except Exception as error:
+            raise InputError(f"{flag}: could not load {dataset!r} from the hub ({error})") from None
+        names = [f"{dataset} row {i + 1}" for i in range(len(rows))]
+    require(rows, flag, "at least one row", f"{dataset} with none")
+    return rows, names
+
+
+def rename_columns(rows, names, prompt_column, reference_column):
+    """Rows whose prompt is called `prompt` and whose reference, if there is one, `reference`.
+
+    Raises:
+        InputError: if a row's prompt is missing, empty or of another type, or its columns are not the first row's.
+    """
+    renamed = []
+    for row, name in zip(rows, names):
+        require(prompt_column in row, f"--prompt-column ({name})", f"a column {prompt_column!r}", sorted(row))
+        prompt = row[prompt_column]
+        is_chat = isinstance(prompt, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
+        )
+        if not prompt or not (isinstance(prompt, str) or is_chat):
+            expected = "text or a list of messages with role and content, not empty"
+            raise InputError(f"--prompt-column ({name}): expected {expected}, found {prompt!r}")
+        if reference_column in rows[0] or reference_column != "reference":
+            require(
+                reference_column in row, f"--reference-column ({name})", f"a column {reference_column!r}", sorted(row)
+            )
+        if set(row) != set(rows[0]):
+            raise InputError(f"{name}: expected the columns {sorted(rows[0])} of the first row, found {sorted(row)}")
+        new_row = {column: row[column] for column in row if column not in (prompt_column, reference_column)}
+        if reference_column in row:
+            new_row["reference"] = row[reference_column]
+        renamed.append({"prompt": prompt, **new_row})
+    return renamed
+
+
+# Masks decide which tokens are real, so padding may be any id of the vocabulary, the end token's included.
+PAD_ID = 0
+
+
+def encode_prompts(tokenizer, rows, names, prompt_length):
+    """Token ids of the prompts, padded on the left, so that every response starts at the same column.
+
+    Lists of messages go through the tokenizer's chat template and end where the assistant's answer begins.
+
+    Returns:
+        `Prompts` with (N, P) ids, P being the longest prompt.
+    Raises:
+        InputError: with the name of the first row whose prompt has no token or more than `prompt_length`.
+    """
+    texts = [row["prompt"] for row in rows]
+    if all(isinstance(text, str) for text in texts):
+        encoded = tokenizer(texts).input_ids
+    elif tokenizer.chat_template is None:
+        raise InputError(
+            "--model: expected a chat template, since prompts are lists of messages; the tokenizer has none"
+        )
+    else:
+        template = dict(add_generation_prompt=True, return_dict=False)
+        encoded = [
+            tokenizer(t).input_ids if isinstance(t, str) else tokenizer.apply_chat_template(t, **template)
+            for t in texts
+        ]
+    for tokens, name in zip(encoded, names):
+        require(
+            0 < len(tokens) <= prompt_length, f"--prompt-length ({name})", f"1 to {prompt_length} tokens", len(tokens)
+        )
+    length = max(map(len, encoded))
+    ids = torch.tensor([[PAD_ID] * (length - len(tokens)) + tokens for tokens in encoded])
+    mask = torch.arange(length) >= length - torch.tensor([len(tokens) for tokens in encoded])[:, None]
+    return Prompts(rows, names, ids, mask)
+
+
+def split_prompts(prompts, eval_size):
+    """Split off held-out prompts: `eval_size` of them, at most a tenth, the same ones whatever the seed.
+
+    Training rows with the prompt of a held-out row are left out.
+
+    Returns:
+        Training and held-out `Prompts`.
+    """
+    order = np.random.default_rng(0).permutation(len(prompts.rows)).tolist()
+    num_held_out = max(1, min(eval_size, len(order) // 10))
+    held_out = [prompts.rows[i]["prompt"] for i in order[:num_held_out]]
+    seen = {json.dumps(prompt) for prompt in held_out}
+    train = [i for i in order[num_held_out:] if json.dumps(prompts.rows[i]["prompt"]) not in seen]
+    require(train, "--dataset", "a training prompt that is not held out (or --eval-dataset)", f"{len(order)} rows")
+    return prompts.select(train), prompts.select(order[:num_held_out])
+
+
+def load_prompts(
+    model, dataset, eval_dataset, eval_size, prompt_column, reference_column, prompt_length, trust_remote_code
+):
+    """The tokenizer of `model`, and training and held-out prompts. The arguments are the flags of the same names.
+
+    Returns:
+        tokenizer, training `Prompts`, held-out `Prompts`.
+    """
+    rows, names = load_rows(dataset, "--dataset")
+    rows = rename_columns(rows, names, prompt_column, reference_column)
+    eval_rows, eval_names = [], []
+    if eval_dataset:
+        eval_rows, eval_names = load_rows(eval_dataset, "--eval-dataset")
+        eval_rows = rename_columns(eval_rows, eval_names, prompt_column, reference_column)[:eval_size]
+    tokenizer = load_tokenizer(model, rows + eval_rows, trust_remote_code)
+    prompts = encode_prompts(tokenizer, rows, names, prompt_length)
+    if eval_dataset:
+        return tokenizer, prompts, encode_prompts(tokenizer, eval_rows, eval_names, prompt_length)
+    return tokenizer, *split_prompts(prompts, eval_size)
+
+
+# ===== Rollout =====
+
+
+def mask_through_first_end(responses, end_ids):
+    """(B, R) ids -> (B, R) booleans: True up to and including the first end token."""
+    is_end = torch.isin(responses, torch.tensor(end_ids, device=responses.device))
+    return is_end.cumsum(1) - is_end.long() == 0
+
+
+def has_ended(responses, end_ids):
+    """(B, R) ids -> (B,) booleans: True for responses with an end token, False for those cut at the length limit."""
+    return torch.isin(responses, torch.tensor(end_ids, device=responses.device)).any(1)
+
+
+@torch.no_grad()
+def rollout(
+    model,
+    prompts,
+    prompt_mask,
+    response_length,
+    end_ids,
+    samples_per_prompt=1,
+    temperature=1.0,
+    generator=None,
+    rollout_batch_size=0,
+    greedy=False,
+):
+    """Sample responses token by token, over a cache of keys and values.
+
+    Tokens come from softmax(logits / temperature) and nothing else: no top-k, top-p or repetition penalty, whatever the
+    checkpoint's generation_config.json says, so that the sampled distribution is the one whose gradient is taken.
+
+    Args:
+        model: a causal language model, without dropout.
+        prompts, prompt_mask: (N, P) left-padded ids and where they are real; a prompt is run once for all its samples.
+        end_ids: ids that end a response; the end token belongs to the response.
+        rollout_batch_size: responses sampled at once, a multiple of samples_per_prompt; 0 for all. Bounds memory.
+        greedy: take the most likely token instead of sampling.
+    Returns:
+        responses: (N * samples_per_prompt, R) ids, samples of one prompt next to each other, `PAD_ID` after the end.
+        response_mask: the same shape, True up to and including the first end token.
+        logprobs: the same shape, the sampler's log-probabilities of the tokens, 0 after the end.
+    """
+    prompts_at_once = max(1, rollout_batch_size // samples_per_prompt) if rollout_batch_size else len(prompts)
+    end_tensor = torch.tensor(end_ids, device=prompts.device)
+    chunks = []
+    for chunk, chunk_mask in zip(prompts.split(prompts_at_once), prompt_mask.split(prompts_at_once)):
+        batch_size = len(chunk) * samples_per_prompt
+        responses = torch.full((batch_size, response_length), PAD_ID, device=chunk.device)  # (b, R)
+        logprobs = torch.zeros((batch_size, response_length), device=chunk.device)  # (b, R)
+        ended = torch.zeros(batch_size, dtype=torch.bool, device=chunk.device)  # (b,)
+        positions = position_ids(chunk_mask)  # (n, P)
+        output = model(
+            chunk, attention_mask=chunk_mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(samples_per_prompt)
+        logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # (b, V)
+        position = (positions[:, -1:] + 1).repeat_interleave(
+            samples_per_prompt, 0
+        )  # (b, 1), of the first response token
+        chunk_mask = chunk_mask.repeat_interleave(samples_per_prompt, 0)  # (b, P)
+        attention_mask = torch.cat([chunk_mask, torch.ones_like(responses, dtype=torch.bool)], 1).long()  # (b, P+R)
+        for t in range(response_length):
+            step_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, V)
+            if greedy:
+                tokens = step_logprobs.argmax(-1, keepdim=True)  # (b, 1)
+            else:
+                tokens = step_logprobs.exp().multinomial(1, generator=generator)  # (b, 1)
+            responses[:, t] = tokens[:, 0]
+            logprobs[:, t] = step_logprobs.gather(1, tokens)[:, 0]
+            ended |= torch.isin(tokens[:, 0], end_tensor)
+            # Asking whether all have ended waits for the GPU, so there it is asked only now and then.
+            if t + 1 == response_length or ((t % 16 == 15 or chunk.device.type == "cpu") and ended.all()):
+                break
+            logits = model(
+                tokens,
+                attention_mask=attention_mask[:, : chunk.shape[1] + t + 1],
+                position_ids=position + t,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]  # (b, V)
+        response_mask = mask_through_first_end(responses, end_ids)  # (b, R)
+        chunks.append((responses.where(response_mask, PAD_ID), response_mask, logprobs.where(response_mask, 0.0)))
+    return tuple(torch.cat(parts) for parts in zip(*chunks))
+
+
+def decode(tokenizer, responses, response_mask):
+    """Texts of (B, R) responses without special tokens: for the reward and the reader, never to be encoded again."""
+    tokens = [row[mask].tolist() for row, mask in zip(responses.cpu(), response_mask.cpu())]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+# ===== Reward: fn(prompts, responses, **columns) -> one float each =====
+
+
+def match_reward(prompts, responses, reference, **columns):
+    """Share of the reference's characters that stand at their place in the response, its end counted as one more."""
+
+    def match(response, reference):
+        right = sum(a == b for a, b in zip(response, reference)) + (len(response) == len(reference))
+        return right / (len(reference) + 1)
+
+    return [match(response, str(text)) for response, text in zip(responses, reference)]
+
+
+def exact_reward(prompts, responses, reference, **columns):
+    """1 if response and reference are the same but for white space around them, else 0."""
+    return [float(response.strip() == str(text).strip()) for response, text in zip(responses, reference)]
+
+
+def rouge_reward(prompts, responses, reference, **columns):
+    """ROUGE-L F1 (Lin 2004), from 0 to 1, without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return [scorer.score(str(text), response)["rougeL"].fmeasure for response, text in zip(responses, reference)]
+
+
+def bleu_reward(prompts, responses, reference, **columns):
+    """Sentence BLEU (Papineni et al. 2002) with sacrebleu's exponential smoothing, from 0 to 1."""
+    from sacrebleu import sentence_bleu
+
+    return [sentence_bleu(response, [str(text)]).score / 100 for response, text in zip(responses, reference)]
+
+
+REWARDS = {"match": match_reward, "exact": exact_reward, "rouge": rouge_reward, "bleu": bleu_reward}
+
+
+def load_reward(name, *prompt_sets):
+    """The reward function called `name`: one of `REWARDS`, or FILE.py:function.
+
+    Args:
+        prompt_sets: the `Prompts` that it will be called with.
+    Raises:
+        InputError: if there is no such function, or it does not take the columns of the prompts.
+    """
+    path, _, function = name.rpartition(":")
+    if name in REWARDS:
+        reward_fn = REWARDS[name]
+    elif path.endswith(".py"):
+        require(os.path.isfile(path), "--reward", "an existing file", path)
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise InputError(f"--reward: importing {path} raised {_describe(error)}") from None
+        reward_fn = getattr(module, function, None)
+        require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
+    else:
+        raise InputError(f"--reward: expected one of {', '.join(REWARDS)} or FILE.py:function, found {name!r}")
+    for prompts in prompt_sets:
+        columns = [column for column in prompts.rows[0] if column != "prompt"]
+        try:
+            inspect.signature(reward_fn).bind([], [], **{column: [] for column in columns})
+        except TypeError as error:
+            takes = f"{name}{inspect.signature(reward_fn)}"
+            raise InputError(
+                f"--reward: expected a function that takes the columns {columns}, found {takes} ({error})"
+            ) from None
+    return reward_fn
+
+
+def _describe(error):
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+
+
+def score_responses(reward_fn, reward_name, prompts, responses, iteration):
+    """Call the reward function and check what it returns.
+
+    Args:
+        prompts: N `Prompts`. responses: N * k texts, the k of one prompt next to each other.
+        reward_name, iteration: for messages.
+    Returns:
+        scores: (N * k,) fp32 tensor on the CPU.
+    Raises:
+        InputError: naming reward, iteration and row, if it raises or does not return that many finite numbers.
+    """
+    samples_per_prompt = len(responses) // len(prompts.rows)
+    rows = [row for row in prompts.rows for _ in range(samples_per_prompt)]
+    names = [name for name in prompts.names for _ in range(samples_per_prompt)]
+
+    def call(rows, responses):
+        columns = {column: [row[column] for row in rows] for column in rows[0] if column != "prompt"}
+        return reward_fn([row["prompt"] for row in rows], responses, **columns)
+
+    where = f"--reward {reward_name}, iteration {iteration}"
+    try:
+        scores = call(rows, responses)
+    except Exception as error:
+        for row, name, response in zip(rows, names, responses):  # find the row to blame
+            try:
+                call([row], [response])
+            except Exception as row_error:
+                raise InputError(f"{where}, {name}: raised {_describe(row_error)}; response {response!r}") from None
+        raise InputError(f"{where}, {names[0]} to {names[-1]}: raised {_describe(error)}") from None
+    scores = scores.tolist() if isinstance(scores, (torch.Tensor, np.ndarray)) else scores
+    if not isinstance(scores, (list, tuple)) or len(scores) != len(responses):
+        found = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else repr(scores)
+        raise InputError(f"{where}, {names[0]} to {names[-1]}: expected {len(responses)} scores, found {found}")
+    for score, name, response in zip(scores, names, responses):
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            raise InputError(f"{where}, {name}: expected a finite number, found {score!r}; response {response!r}")
+    return torch.tensor([float(score) for score in scores])
+
+
+# ===== What a reader sees =====
+
+
+def shorten(prompt, length=60):
+    """A text, or the last message of a list, on one line of at most `length` characters."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = repr(text)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def markdown_table(samples):
+    """Sample texts as a table for TensorBoard: a list of (row, response, score)."""
+    lines = ["|prompt|response|score|reference|", "|-|-|-|-|"]
+    for row, response, score in samples:
+        cells = [
+            shorten(row["prompt"], 400),
+            shorten(response, 400),
+            f"{score:.3f}",
+            shorten(str(row.get("reference", "")), 400),
+        ]
+        lines.append("|" + "|".join(cell.replace("|", "\\|") for cell in cells) + "|")
+    return "\n".join(lines)
