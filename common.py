@@ -39,6 +39,7 @@ from transformers import (
     GPT2Config,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 # ===== Command line: every mistake of the user is one line on standard error and exit code 2 =====
 
@@ -273,6 +274,7 @@ def copy_weights(source, target):
 
 def save_model(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails."""
+    transformers_logging.disable_progress_bar()
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -339,7 +341,7 @@ def _read_jsonl(path, flag):
 
 
 def load_rows(dataset, flag):
-    """Read a data set: "sort", a file of JSON lines, or a hub name NAME[:SPLIT[:CONFIG]] (with the package `datasets`).
+    """Read a data set: "sort", a file of JSON lines, or a hub name NAME[@CONFIG][:SPLIT] (with the package `datasets`).
 
     Returns:
         A list of dictionaries, and a name of each row for messages.
@@ -359,8 +361,8 @@ def load_rows(dataset, flag):
             raise InputError(f"{flag}: expected {expected}, found {dataset!r}")
         from datasets import load_dataset
 
-        name, _, rest = dataset.partition(":")
-        split, _, config = rest.partition(":")
+        name, _, split = dataset.partition(":")
+        name, _, config = name.partition("@")
         try:
             rows = [dict(row) for row in load_dataset(name, config or None, split=split or "train")]
         except Exception as error:

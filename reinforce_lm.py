@@ -30,10 +30,10 @@ on response i. With G_i1 the return of the whole response i:
     (11)  leave_one_out  b_i = mean of G_j1 over the other responses j to i's prompt (Kool et al. 2019)
     (12)  greedy         b_i = score of the greedy response to i's prompt (self-critical training, Rennie et al. 2017)
 
-For language models (11) is known as RLOO (Ahmadian et al. 2024). Departures from the papers: AdamW with clipped gradients
-takes the place of plain gradient ascent, and advantages may be divided by their deviation over the batch, which changes
-the length of g and not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no critic,
-and gamma^(t-1) stays in (4), where most code drops it.
+For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: AdamW with clipped gradients takes
+the place of plain gradient ascent, and advantages may be divided by their deviation over the batch, which changes the
+length of g and not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no critic, and
+gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
 """
@@ -82,7 +82,7 @@ class Args:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dataset: str = "sort"
-    """training prompts: sort, FILE.jsonl, or a hub name NAME[:SPLIT[:CONFIG]]"""
+    """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
     """held-out prompts, named like --dataset; empty to split them off the training rows"""
     prompt_column: str = "prompt"
@@ -107,7 +107,7 @@ class Args:
     """responses per forward and backward pass, to bound memory; 0 for all of the rank's at once"""
     rollout_batch_size: int = 0
     """responses sampled at once, to bound memory; 0 for all of the rank's at once"""
-    kl_coef: float = 0.001
+    kl_coef: float = 0.01
     """beta, the price of one nat of divergence from the reference policy; 0 keeps no reference in memory"""
     kl_target: float = 0.0
     """nats per response that beta is adapted to; 0 keeps beta fixed"""
@@ -238,6 +238,7 @@ def check_args(args, world_size):
     multiple = f"a divisor of the {per_rank} responses of a rank"
     require(per_rank % (args.micro_batch_size or 1) == 0, "--micro-batch-size", multiple, args.micro_batch_size)
     require(args.rollout_batch_size % k == 0, "--rollout-batch-size", f"a multiple of {k}", args.rollout_batch_size)
+    check_algorithm_args(args)
 
 
 def check_resume(args, checkpoint, script):
@@ -255,9 +256,19 @@ def flag(name):
 
 
 # ===== Equations (algorithm) =====
+def check_algorithm_args(args):
+    """Raise `InputError` for the first of REINFORCE's own flags with a value that makes no sense."""
+    for name in ("learning_rate", "max_grad_norm"):
+        require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
+    require(0 <= args.ema_decay < 1, "--ema-decay", "at least 0 and less than 1", args.ema_decay)
+    if args.baseline == "leave_one_out":
+        expected = "at least 2 for --baseline leave_one_out"
+        require(args.samples_per_prompt > 1, "--samples-per-prompt", expected, args.samples_per_prompt)
+
+
 def discounted_returns(rewards, gamma):
     """Discounted reward-to-go as (4) needs it, gamma^(t-1) G_t = sum_{l >= t} gamma^(l-1) r_l: (B, R) -> (B, R)."""
-    discounts = gamma ** torch.arange(rewards.shape[1], device=rewards.device)  # (R,)
+    discounts = gamma ** torch.arange(rewards.shape[1], dtype=rewards.dtype, device=rewards.device)  # (R,)
     return (discounts * rewards).flip(1).cumsum(1).flip(1)  # (5)
 
 

@@ -1,0 +1,83 @@
+"""Small models and helpers that the tests share. Everything runs offline on a CPU."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+import common
+
+SCRIPTS = ["reinforce_lm"]
+
+
+def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, **settings):
+    """A causal language model with loud random weights, so that its distribution is far from uniform."""
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2, **settings)
+    else:
+        size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        config = LlamaConfig(
+            vocab_size=vocab_size, num_key_value_heads=1, max_position_embeddings=32, **size, **settings
+        )
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A function that saves a tiny checkpoint with a character tokenizer and returns its folder."""
+
+    def save(kind="gpt2", characters="0123456789", **settings):
+        tokenizer = common.character_tokenizer(characters)
+        folder = tmp_path / f"{kind}_checkpoint"
+        tiny_model(kind, vocab_size=len(tokenizer), **settings).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def run_main(script, *flags):
+    """Run a script's main in this process, as its command line would."""
+    with common.one_line_errors():
+        return script.main(*common.parse_flags(script.Args, [str(flag) for flag in flags]))
+
+
+def run_script(name, *flags, cwd=ROOT, check=True, **settings):
+    """Run a script as a user does; returns the finished process with its output as text."""
+    command = [sys.executable, f"{name}.py", *map(str, flags)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, **settings)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@contextlib.contextmanager
+def recorded_gradients(optimizer_class):
+    """Collect the gradients that an optimizer steps with: a list with one flat vector for each step."""
+    steps, step = [], optimizer_class.step
+
+    def recording_step(self, *args, **settings):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        steps.append(torch.cat([p.grad.flatten().double() for p in parameters]))
+        return step(self, *args, **settings)
+
+    optimizer_class.step = recording_step
+    try:
+        yield steps
+    finally:
+        optimizer_class.step = step

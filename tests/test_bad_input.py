@@ -1,0 +1,144 @@
+"""Bad input is one line on standard error that names the flag or the row, exit code 2, before any training."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_main, run_script
+
+import common
+import reinforce_lm
+
+GOOD_ROW = {"prompt": "ab", "reference": "ba"}
+
+
+def message_of(capsys, monkeypatch, *flags):
+    """The one line that a bad command prints. Fails if a single response is sampled before."""
+    monkeypatch.setattr(common, "rollout", lambda *_, **__: pytest.fail("sampled before the check"))
+    with pytest.raises(SystemExit) as stop:
+        run_main(reinforce_lm, "--device", "cpu", *flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--dataset", "nowhere.jsonl"], ["--dataset", "nowhere.jsonl"]),
+        (["--dataset", "no-such-set"], ["--dataset", "sort", "datasets", "no-such-set"]),
+        (["--reward", "no-such-reward"], ["--reward", "match, exact, rouge, bleu", "no-such-reward"]),
+        (["--reward", "missing.py:fn"], ["--reward", "an existing file", "missing.py"]),
+        (["--model", "/no/such/model"], ["--model", "/no/such/model"]),
+        (["--baseline", "critic"], ["--baseline", "leave_one_out", "critic"]),
+        (["--batchsize", "8"], ["--batchsize"]),
+        (["--seed", "x"], ["--seed", "'x'"]),
+        (["--dtype", "float16"], ["--dtype", "bfloat16", "float16"]),
+        (["--batch-size", "30"], ["--batch-size", "a multiple of --samples-per-prompt", "30"]),
+        (["--batch-size", "0"], ["--batch-size", "a positive number", "0"]),
+        (["--micro-batch-size", "100"], ["--micro-batch-size", "a divisor of the 256", "100"]),
+        (["--rollout-batch-size", "6"], ["--rollout-batch-size", "a multiple of 4", "6"]),
+        (["--samples-per-prompt", "1"], ["--samples-per-prompt", "leave_one_out", "1"]),
+        (["--samples-per-prompt", "0"], ["--samples-per-prompt", "a positive number", "0"]),
+        (["--total-episodes", "100"], ["--total-episodes", "--batch-size", "100"]),
+        (["--response-length", "0"], ["--response-length", "a positive number", "0"]),
+        (["--prompt-length", "-1"], ["--prompt-length", "a positive number", "-1"]),
+        (["--prompt-length", "4"], ["--prompt-length", "sort row", "1 to 4 tokens", "5"]),
+        (["--temperature", "0"], ["--temperature", "a positive number", "0"]),
+        (["--temperature", "nan"], ["--temperature", "a positive number", "nan"]),
+        (["--learning-rate", "0"], ["--learning-rate", "a positive number", "0"]),
+        (["--learning-rate", "-1e-3"], ["--learning-rate", "a positive number", "-0.001"]),
+        (["--max-grad-norm", "0"], ["--max-grad-norm", "a positive number", "0"]),
+        (["--ema-decay", "1"], ["--ema-decay", "1"]),
+        (["--gamma", "1.5"], ["--gamma", "at most 1", "1.5"]),
+        (["--kl-coef", "-0.1"], ["--kl-coef", "0 or more", "-0.1"]),
+        (["--kl-coef", "0", "--kl-target", "6"], ["--kl-target", "--kl-coef", "0"]),
+        (["--eval-size", "0"], ["--eval-size", "a positive number", "0"]),
+        (["--device", "tpu"], ["--device", "auto, cpu or cuda", "tpu"]),
+    ],
+)
+def test_bad_flags(flags, parts, capsys, monkeypatch):
+    error = message_of(capsys, monkeypatch, *flags)
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(capsys, monkeypatch):
+    assert "--device" in message_of(capsys, monkeypatch, "--device", "cuda")
+
+
+def lines(*rows):
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text, flags, parts",
+    [
+        ("", [], ["--dataset", "at least one row"]),
+        (lines(GOOD_ROW, "{broken"), [], ["--dataset", "line 2", "{broken"]),
+        (lines(GOOD_ROW, "[1]"), [], ["--dataset", "line 2", "a JSON object"]),
+        (lines(GOOD_ROW, {"reference": "b"}), [], ["--prompt-column", "line 2", "'prompt'"]),
+        (lines(GOOD_ROW, {"prompt": "b"}), [], ["--reference-column", "line 2", "'reference'"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"more": 1}), [], ["line 2", "more"]),
+        (lines(GOOD_ROW), ["--prompt-column", "question"], ["--prompt-column", "line 1", "'question'"]),
+        (lines(GOOD_ROW), ["--reference-column", "answer"], ["--reference-column", "line 1", "'answer'"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ""}), [], ["line 2", "not empty"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": []}), [], ["line 2", "not empty"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": 5}), [], ["line 2", "text or a list of messages", "5"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ["a"]}), [], ["line 2", "text or a list of messages"]),
+        (lines(*[GOOD_ROW] * 20), [], ["--dataset", "held out"]),
+        (lines({"prompt": "a"}, {"prompt": "b"}), [], ["--reward", "reference"]),
+        (
+            lines(GOOD_ROW, {"prompt": "abab", "reference": "b"}),
+            ["--prompt-length", 3],
+            ["line 2", "1 to 3 tokens", "4"],
+        ),
+    ],
+)
+def test_bad_data(text, flags, parts, tmp_path, capsys, monkeypatch):
+    (tmp_path / "data.jsonl").write_text(text)
+    error = message_of(capsys, monkeypatch, "--dataset", tmp_path / "data.jsonl", *flags)
+    for part in parts:
+        assert part in error
+
+
+def test_bad_held_out_data(tmp_path, capsys, monkeypatch):
+    (tmp_path / "data.jsonl").write_text(lines(GOOD_ROW, "{broken"))
+    error = message_of(capsys, monkeypatch, "--eval-dataset", tmp_path / "data.jsonl")
+    assert "--eval-dataset" in error and "line 2" in error
+
+
+@pytest.mark.parametrize(
+    "code, parts",
+    [
+        ("fn = 3", ["--reward", "a function 'fn'"]),
+        ("def other(): pass", ["--reward", "a function 'fn'"]),
+        ("1 / 0", ["--reward", "ZeroDivisionError", "mine.py:1"]),
+        ("def fn(prompts, responses): pass", ["--reward", "reference"]),
+        ("def fn(prompts, responses, level, **columns): pass", ["--reward", "level"]),
+    ],
+)
+def test_bad_reward_files(code, parts, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(code)
+    error = message_of(capsys, monkeypatch, "--reward", f"{tmp_path}/mine.py:fn")
+    for part in parts:
+        assert part in error
+
+
+def test_context_that_is_too_short(model_folder, capsys, monkeypatch):
+    folder = model_folder()
+    capsys.readouterr()
+    error = message_of(capsys, monkeypatch, "--model", folder, "--response-length", 30)
+    assert "--response-length" in error and "32 positions" in error and "35" in error
+
+
+def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch):
+    assert "--resume" in message_of(capsys, monkeypatch, "--resume", tmp_path)
+
+
+def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):
+    result = run_script("reinforce_lm", "--reward", "nothing", cwd=ROOT, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: --reward")
+    assert result.stdout == ""

@@ -1,0 +1,220 @@
+"""Tokenisation, prompts, rewards, randomness and checkpoints."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from conftest import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import common
+from common import InputError
+
+CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "ba"}]
+TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+
+
+def encode(rows, prompt_length=10, tokenizer=None):
+    tokenizer = tokenizer or common.character_tokenizer("ab<>!")
+    return common.encode_prompts(tokenizer, rows, [f"row {i + 1}" for i in range(len(rows))], prompt_length)
+
+
+def test_character_tokenizer_is_one_token_per_character(tmp_path):
+    tokenizer = common.character_tokenizer("héllo\n wörld|")
+    text = "wörld |\nhéllo"
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text) and tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids + [tokenizer.eos_token_id], skip_special_tokens=True) == text
+    tokenizer.save_pretrained(tmp_path)
+    again = common.load_tokenizer(str(tmp_path), [])
+    assert again(text).input_ids == ids and again.decode(ids) == text
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("x")
+
+
+def test_tiny_tokenizer_knows_every_character_of_the_rows():
+    tokenizer = common.load_tokenizer("tiny", [{"prompt": "ab", "reference": 12, "note": "z"}, {"prompt": "cé"}])
+    assert set(tokenizer.get_vocab()) == {"<end>", "a", "b", "c", "é", "1", "2"}
+
+
+def test_prompts_are_padded_on_the_left():
+    prompts = encode([{"prompt": "ab"}, {"prompt": "abba"}, {"prompt": "b"}])
+    a, b = common.character_tokenizer("ab<>!")("ab").input_ids
+    assert prompts.mask.tolist() == [[False, False, True, True], [True] * 4, [False, False, False, True]]
+    assert [row[mask].tolist() for row, mask in zip(prompts.ids, prompts.mask)] == [[a, b], [a, b, b, a], [b]]
+    chosen = prompts.select([2, 0, 2])
+    assert [row["prompt"] for row in chosen.rows] == ["b", "ab", "b"] and chosen.names == ["row 3", "row 1", "row 3"]
+    assert torch.equal(chosen.ids, prompts.ids[[2, 0, 2]]) and torch.equal(chosen.mask, prompts.mask[[2, 0, 2]])
+
+
+def test_chat_prompts_go_through_the_template():
+    tokenizer = common.character_tokenizer("ab<>!")
+    tokenizer.chat_template = TEMPLATE
+    prompts = encode([{"prompt": CHAT}, {"prompt": "ab"}], tokenizer=tokenizer, prompt_length=20)
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompts.ids, prompts.mask)]
+    assert texts == ["<ab><b><ba>!", "ab"]
+    with pytest.raises(InputError, match="chat template"):
+        encode([{"prompt": CHAT}])
+
+
+def test_end_tokens_come_from_tokenizer_and_generation_config():
+    tokenizer, model = common.character_tokenizer("ab"), tiny_model()
+    model.generation_config.eos_token_id = [5, 7]
+    assert common.end_token_ids(tokenizer, model) == [0, 5, 7]
+    model.generation_config.eos_token_id = 3
+    assert common.end_token_ids(tokenizer, model) == [0, 3]
+    model.generation_config.eos_token_id = None
+    assert common.end_token_ids(tokenizer, model) == [0]
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="--model: expected an end token"):
+        common.end_token_ids(tokenizer, model)
+
+
+def load(dataset, eval_dataset="", eval_size=8, **settings):
+    defaults = dict(prompt_column="prompt", reference_column="reference", prompt_length=64, trust_remote_code=False)
+    flags = defaults | settings
+    return common.load_prompts("tiny", str(dataset), str(eval_dataset), eval_size, **flags)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_sort_prompts_are_disjoint_and_their_references_sorted():
+    _, train, held_out = load("sort", eval_size=512)
+    assert len(held_out.rows) == 512 and len(train.rows) > 30_000
+    prompts = [row["prompt"] for row in train.rows + held_out.rows]
+    assert len(set(prompts)) == len(prompts)
+    for row in train.rows[:100] + held_out.rows:
+        assert len(row["prompt"]) == 5 and row["reference"] == "".join(sorted(row["prompt"]))
+
+
+def test_jsonl_columns_and_split(tmp_path):
+    rows = [{"question": f"q{i % 40}", "answer": i, "level": i / 2} for i in range(50)]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    _, train, held_out = load(path, prompt_column="question", reference_column="answer")
+    assert len(held_out.rows) == 5  # a tenth, though 8 were asked for
+    assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in held_out.rows}
+    for prompts in (train, held_out):
+        for row, name in zip(prompts.rows, prompts.names):
+            line = int(name.rsplit(" ", 1)[1])
+            assert row == {"prompt": f"q{(line - 1) % 40}", "reference": line - 1, "level": (line - 1) / 2}
+    eval_path = write_rows(tmp_path / "eval.jsonl", rows[:20])
+    _, train, held_out = load(path, eval_path, prompt_column="question", reference_column="answer")
+    assert len(train.rows) == 50 and [row["reference"] for row in held_out.rows] == list(range(8))
+
+
+def test_hub_names_go_to_the_datasets_package(monkeypatch):
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, config, split))
+        return [{"prompt": f"{i}", "reference": "b"} for i in range(20)]
+
+    module = types.ModuleType("datasets")
+    module.load_dataset, module.__spec__ = load_dataset, types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    load("someone/some-data")
+    load("someone/some-data:test")
+    load("someone/some-data@main:train[:5%]")
+    assert calls == [
+        ("someone/some-data", None, "train"),
+        ("someone/some-data", None, "test"),
+        ("someone/some-data", "main", "train[:5%]"),
+    ]
+
+
+def test_prompt_stream_visits_each_prompt_once_per_epoch():
+    stream = common.prompt_indices(7, 0, 21, seed=3)
+    epochs = [stream[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
+    pieces = [common.prompt_indices(7, start, 3, seed=3) for start in range(0, 21, 3)]
+    assert sum(pieces, []) == stream
+    assert common.prompt_indices(7, 0, 21, seed=4) != stream
+
+
+def test_builtin_rewards():
+    def match(response, reference):
+        return common.match_reward(None, [response], [reference])[0]
+
+    assert match("01234", "01234") == 1.0
+    assert match("01233", "01234") == pytest.approx(5 / 6)
+    assert match("0123", "01234") == pytest.approx(4 / 6)  # the end is too early
+    assert match("012345", "01234") == pytest.approx(5 / 6)  # the end is too late
+    assert match("", "ab") == 0.0 and match("ba", "ab") == pytest.approx(1 / 3)
+    assert common.exact_reward(None, [" 42\n", "4 2"], [42, "42"]) == [1.0, 0.0]
+    # ROUGE-L of "the cat sat" and "the cat on the mat sat": longest common subsequence 3, P = 3/3, R = 3/6
+    assert common.rouge_reward(None, ["the cat sat"], ["the cat on the mat sat"]) == [pytest.approx(2 / 3)]
+    assert common.bleu_reward(None, ["the cat is on the mat"], ["the cat is on the mat"]) == [pytest.approx(1.0)]
+    # n-gram precisions 5/6, 3/5, 1/4 and, smoothed, (1/2)/3; equal lengths, so no brevity penalty
+    expected = (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25
+    assert common.bleu_reward(None, ["the cat sat on the mat"], ["the cat is on the mat"]) == [pytest.approx(expected)]
+
+
+def test_reward_functions_get_prompts_responses_and_columns(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def count(prompts, responses, letter, reference):\n"
+        "    return [len(p) + 10 * r.count(c) + 100 * x for p, r, c, x in zip(prompts, responses, letter, reference)]\n"
+    )
+    rows = [{"prompt": "ab", "letter": "x", "reference": 1}, {"prompt": "abb", "letter": "y", "reference": 2}]
+    prompts = encode(rows)
+    reward_fn = common.load_reward(f"{path}:count", prompts)
+    scores = common.score_responses(reward_fn, "count", prompts, ["xx", "y", "yy", "x"], iteration=1)
+    assert scores.tolist() == [122.0, 102.0, 223.0, 203.0]
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("[1.0, None, 1.0, 1.0]", "iteration 7, row 1: expected a finite number, found None"),
+        ("[1.0, 1.0, float('nan'), 1.0]", "iteration 7, row 2: expected a finite number, found nan"),
+        ("[1.0, 1.0, 1.0, float('inf')]", "iteration 7, row 2: expected a finite number, found inf"),
+        ("['1', 1.0, 1.0, 1.0]", "iteration 7, row 1: expected a finite number, found '1'"),
+        ("[1.0]", "iteration 7, row 1 to row 2: expected 4 scores, found 1 values"),
+        ("None", "iteration 7, row 1 to row 2: expected 4 scores, found None"),
+        ("[1 / (p != 'b') for p in prompts]", "iteration 7, row 2: raised ZeroDivisionError"),
+        ("[1 / (len(prompts) < 4)]", "iteration 7, row 1 to row 2: raised ZeroDivisionError"),
+    ],
+)
+def test_broken_rewards_name_reward_iteration_and_row(body, message):
+    reward_fn = eval(f"lambda prompts, responses, **columns: {body}")
+    with pytest.raises(InputError) as error:
+        common.score_responses(reward_fn, "mine", encode([{"prompt": "a"}, {"prompt": "b"}]), list("wxyz"), 7)
+    assert str(error.value).startswith(f"--reward mine, {message}")
+
+
+def test_checkpoints_are_whole_or_absent_and_two_are_kept(tmp_path, monkeypatch):
+    for iteration in (1, 2, 3):
+        common.save_checkpoint(tmp_path, iteration, {"iteration": iteration, "weights": torch.full((3,), iteration)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000002.pt", "checkpoint_00000003.pt"]
+
+    def full_disk(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(InputError, match="--save-every: could not write .* No space left"):
+        common.save_checkpoint(tmp_path, 4, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000002.pt", "checkpoint_00000003.pt"]
+    assert common.load_checkpoint(tmp_path)["weights"].tolist() == [3, 3, 3]
+
+
+def test_real_tokenizer_round_trip(tmp_path):
+    """A byte-pair tokenizer that merges: what the reward reads is the text, whatever the ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = ["the film is a delight", "the film is a bore", "a bore"]
+    tokenizer.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], show_progress=False)
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
+    tokenizer = common.load_tokenizer(str(tmp_path), [])
+    prompts = encode([{"prompt": t} for t in text], tokenizer=tokenizer)
+    assert prompts.ids.shape[1] < 10 and len(set(prompts.mask.sum(1).tolist())) > 1
+    assert common.decode(tokenizer, prompts.ids, prompts.mask) == text

@@ -1,0 +1,241 @@
+"""reinforce_lm.py against enumerated gradients, written-out loops, and itself under other settings."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import recorded_gradients, run_main, tiny_model
+
+import common
+import reinforce_lm
+from reinforce_lm import (
+    Args,
+    adapt_kl_coef,
+    compute_baseline,
+    discounted_returns,
+    policy_gradient_loss,
+    policy_logprobs,
+    shaped_rewards,
+    token_entropy,
+    whiten,
+)
+
+# Every response of a vocabulary of 3 with at most 2 tokens, where 0 is the end token: [0] is one, [1, 1] is another.
+RESPONSES = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])
+MASK = common.mask_through_first_end(RESPONSES, [0])
+SCORES = torch.tensor([0.3, -1.0, 0.5, 2.0, 0.0, 1.5, -0.7], dtype=torch.float64)
+PROMPT = torch.tensor([[2, 1]])
+
+
+class Enumerated:
+    """A tiny policy and its reference over all 7 responses to one prompt."""
+
+    def __init__(self, temperature=0.8):
+        self.args = Args(response_length=2, temperature=temperature)
+        self.policy = tiny_model(vocab_size=3, dtype=torch.float64, seed=1)
+        self.reference = tiny_model(vocab_size=3, dtype=torch.float64, seed=2)
+        self.sequences = torch.cat([PROMPT.expand(7, 2), RESPONSES], 1)
+        self.attention_mask = torch.cat([torch.ones(7, 2, dtype=torch.bool), MASK], 1)
+
+    def logprobs(self, model):
+        return policy_logprobs(model, self.sequences, self.attention_mask, self.args)[0]
+
+    def gradient(self, value):
+        gradients = torch.autograd.grad(value, list(self.policy.parameters()))
+        return torch.cat([g.flatten() for g in gradients])
+
+    def exact_gradient(self, kl_coef, gamma):
+        """Gradient of J written as a sum over all responses, by automatic differentiation of the sum itself."""
+        logprobs = self.logprobs(self.policy).where(MASK, 0.0)
+        ref_logprobs = self.logprobs(self.reference).where(MASK, 0.0)
+        objective = 0.0
+        for i, length in enumerate(MASK.sum(1).tolist()):
+            probability = logprobs[i].sum().exp()
+            value = gamma ** (length - 1) * SCORES[i]
+            for t in range(length):
+                value = value - gamma**t * kl_coef * (logprobs[i, t] - ref_logprobs[i, t])
+            objective = objective + probability * value
+        return self.gradient(objective)
+
+
+@pytest.mark.parametrize("kl_coef, gamma", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.9)])
+@pytest.mark.parametrize("kind", ["none", "mean", "ema", "leave_one_out", "greedy"])
+def test_expected_gradient_is_the_enumerated_one(kind, kl_coef, gamma):
+    case = Enumerated()
+    logprobs = case.logprobs(case.policy)
+    assert logprobs.where(MASK, 0.0).sum(1).exp().sum().item() == pytest.approx(1.0)
+    with torch.no_grad():
+        rewards = shaped_rewards(SCORES, logprobs, case.logprobs(case.reference), MASK, kl_coef)
+        returns = discounted_returns(rewards, gamma)
+        probabilities = logprobs.where(MASK, 0.0).sum(1).exp()
+    greedy_scores = SCORES[probabilities.argmax()].expand(2)
+    expected_loss = 0.0
+    for pair in itertools.product(range(7), repeat=2):  # every batch of two responses to the prompt
+        pair = list(pair)
+        baseline = compute_baseline(kind, returns[pair, 0], 2, ema=0.4, greedy_scores=greedy_scores)
+        advantages = returns[pair] - baseline[:, None]
+        loss = policy_gradient_loss(logprobs[pair], advantages, MASK[pair], num_responses=2)
+        expected_loss = expected_loss + probabilities[pair].prod() * loss
+    expected = case.exact_gradient(kl_coef, gamma)
+    scale = 1 - 1 / 2 if kind == "mean" else 1.0  # the batch mean holds the response itself, see (9)
+    assert expected.norm() > 0.1
+    torch.testing.assert_close(-case.gradient(expected_loss), scale * expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["leave_one_out", "greedy", "ema", "mean"])
+def test_baselines_lower_the_variance(kind):
+    """Of a score with a large mean, over all batches of two; a baseline that is ignored would not."""
+    case, spread = Enumerated(), {}
+    logprobs = case.logprobs(case.policy)
+    probabilities = logprobs.where(MASK, 0.0).sum(1).exp().detach()
+    returns = (SCORES + 10.0)[:, None].expand(7, 2)
+    for name in ("none", kind):
+        second_moment = 0.0
+        for pair in itertools.combinations_with_replacement(range(7), 2):
+            pair = list(pair)
+            baseline = compute_baseline(name, returns[pair, 0], 2, ema=10.0, greedy_scores=torch.full((2,), 10.0))
+            loss = policy_gradient_loss(logprobs[pair], returns[pair] - baseline[:, None], MASK[pair], 2)
+            gradient = torch.autograd.grad(loss, list(case.policy.parameters()), retain_graph=True)
+            weight = probabilities[pair].prod() * (1 if pair[0] == pair[1] else 2)
+            second_moment += weight * sum((g**2).sum() for g in gradient)
+        spread[name] = second_moment.item()
+    assert spread[kind] < 0.2 * spread["none"]
+
+
+def test_the_end_token_gets_gradient_and_what_follows_gets_none():
+    case = Enumerated()
+    _, logits = policy_logprobs(case.policy, case.sequences, case.attention_mask, case.args)
+    logits = logits.detach().requires_grad_()
+    logprobs = logits.gather(2, RESPONSES[..., None])[..., 0] - logits.logsumexp(-1)
+    policy_gradient_loss(logprobs, torch.ones(7, 2), MASK, 7).backward()
+    assert (logits.grad[1, 1, 0] < 0) and (logits.grad[0, 0, 0] < 0)  # [1, end] and [end]: the end becomes more likely
+    assert (logits.grad[0, 1] == 0).all()  # behind [end]
+
+
+def test_rewards_and_returns_by_hand():
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
+    logprobs = torch.tensor([[-1.0, -2.0, 9.0], [-0.5, -0.25, -1.0], [-3.0, 9.0, 9.0]])
+    ref_logprobs = torch.tensor([[-1.5, -1.0, -7.0], [-0.5, -1.25, -3.0], [-2.0, -7.0, -7.0]])
+    rewards = shaped_rewards(torch.tensor([1.0, 2.0, 3.0]), logprobs, ref_logprobs, mask, kl_coef=0.1)
+    expected = torch.tensor([[-0.05, 1.1, 0.0], [0.0, -0.1, 1.8], [3.1, 0.0, 0.0]])
+    torch.testing.assert_close(rewards, expected)
+    for gamma in (1.0, 0.9):
+        by_loop = torch.zeros(3, 3)
+        for i, t in itertools.product(range(3), range(3)):
+            reward_to_go = sum(gamma ** (later - t) * expected[i, later] for later in range(t, 3))
+            by_loop[i, t] = gamma**t * reward_to_go
+        torch.testing.assert_close(discounted_returns(rewards, gamma), by_loop)
+
+
+def test_leave_one_out_by_loop():
+    returns = torch.tensor([1.0, 0.0, 3.0, 2.0, 2.0, 2.0, -1.0, 5.0, 0.5])
+    baseline = compute_baseline("leave_one_out", returns, 3, 0.0, None)
+    for i, value in enumerate(baseline.tolist()):
+        group = range(i // 3 * 3, i // 3 * 3 + 3)
+        assert value == pytest.approx(sum(returns[j].item() for j in group if j != i) / 2)
+    equal = torch.full((4,), 0.7)
+    assert (equal - compute_baseline("leave_one_out", equal, 4, 0.0, None)).abs().max() < 1e-6
+
+
+def test_whitening_and_entropy():
+    values = torch.tensor([[1.0, 2.0, 99.0], [4.0, -7.0, 5.0]])
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    kept = values[mask]
+    expected = (kept - kept.mean()) / kept.std(correction=0)
+    torch.testing.assert_close(whiten(values, mask)[mask], expected)
+    torch.testing.assert_close(whiten(values, mask, shift_mean=False)[mask], kept / kept.std(correction=0))
+    assert (whiten(values, mask)[~mask] == 0).all()
+    logits = torch.randn(3, 4, 50) * 5
+    torch.testing.assert_close(token_entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+
+
+def test_kl_coefficient_follows_its_target():
+    args = Args(kl_target=6.0, kl_horizon=10_000)
+    assert adapt_kl_coef(0.1, 60.0, 512, args) == pytest.approx(0.1 * (1 + 0.2 * 512 / 10_000))  # clipped above
+    assert adapt_kl_coef(0.1, 0.0, 512, args) == pytest.approx(0.1 * (1 - 0.2 * 512 / 10_000))  # and below
+    assert adapt_kl_coef(0.1, 6.3, 512, args) == pytest.approx(0.1 * (1 + 0.05 * 512 / 10_000))
+    assert adapt_kl_coef(0.1, 60.0, 512, Args(kl_target=0.0)) == 0.1
+
+
+SHORT = ["--total-episodes", 32, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--device", "cpu"]
+
+
+def one_step_gradient(tmp_path, *flags):
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        run_main(reinforce_lm, *SHORT, "--max-grad-norm", 1e9, "--output-dir", tmp_path, *flags)
+    assert len(steps) == 1
+    return steps[0]
+
+
+def test_micro_batches_do_not_change_the_gradient(tmp_path):
+    whole = one_step_gradient(tmp_path, "--response-length", 12)  # long enough for responses to end at different places
+    for size in (1, 4, 16):
+        gradient = one_step_gradient(tmp_path, "--response-length", 12, "--micro-batch-size", size)
+        assert (gradient - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_main_takes_the_step_that_its_batch_implies(tmp_path, monkeypatch):
+    """The whole loop against its parts: the recorded gradient is that of responses and scores that the test chose.
+
+    The responses do not survive decoding and encoding, so it also fails if ids take that way.
+    """
+    chosen = torch.randint(0, 11, (32, 6), generator=torch.Generator().manual_seed(5))
+    mask = common.mask_through_first_end(chosen, [0])
+    seen = {}
+
+    def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, **settings):
+        if samples_per_prompt == 1:  # evaluation
+            return chosen[: len(prompts)], mask[: len(prompts)], torch.zeros(len(prompts), 6)
+        seen["policy"], seen["prompts"] = (
+            {n: p.detach().clone() for n, p in model.state_dict().items()},
+            prompts.clone(),
+        )
+        return chosen, mask, torch.zeros(32, 6)
+
+    def score(reward_fn, reward_name, prompts, responses, iteration):
+        return torch.arange(len(responses)).float() % 3
+
+    monkeypatch.setattr(common, "rollout", rollout)
+    monkeypatch.setattr(common, "score_responses", score)
+    gradient = one_step_gradient(tmp_path, "--no-normalize-advantages", "--kl-coef", 0)
+    tokenizer = common.character_tokenizer("0123456789")
+    policy = common.load_policy("tiny", tokenizer, 11, seed=1)
+    policy.load_state_dict(seen["policy"])
+    loss = 0.0
+    scores = torch.arange(32).float() % 3
+    for i in range(32):
+        length = int(mask[i].sum())
+        text = torch.cat([seen["prompts"][i // 4], chosen[i, :length]])
+        logprobs = policy(text[None]).logits[0, 4:-1].log_softmax(-1)
+        others = [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
+        advantage = scores[i] - scores[others].mean()
+        loss = loss - advantage * logprobs.gather(1, chosen[i, :length, None]).sum() / 32
+    loss.backward()
+    expected = torch.cat([p.grad.flatten().double() for p in policy.parameters()])
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_equal_scores_and_no_kl_leave_the_weights_alone(tmp_path):
+    reward = tmp_path / "constant.py"
+    reward.write_text("def one(prompts, responses, **columns):\n    return [1.0] * len(responses)\n")
+    assert one_step_gradient(tmp_path, "--reward", f"{reward}:one", "--kl-coef", 0).abs().max() < 1e-6
+
+
+def test_reference_is_only_kept_when_it_is_paid_for(tmp_path, monkeypatch):
+    copies = []
+    deepcopy = reinforce_lm.copy.deepcopy
+
+    def recording_deepcopy(thing):
+        copied = deepcopy(thing)
+        if isinstance(thing, torch.nn.Module):
+            copies.append(copied)
+        return copied
+
+    monkeypatch.setattr(reinforce_lm.copy, "deepcopy", recording_deepcopy)
+    one_step_gradient(tmp_path, "--kl-coef", 0)
+    assert not copies
+    one_step_gradient(tmp_path, "--kl-coef", 0.1)
+    assert len(copies) == 1
+    fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    for reference_weight, weight in zip(copies[0].parameters(), fresh.parameters()):
+        assert torch.equal(reference_weight, weight) and not reference_weight.requires_grad
