@@ -1,0 +1,268 @@
+"""Whole runs, as a user starts them: the copy contract, learning, resuming, and what a run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, run_main, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import reinforce_lm
+
+
+def final_line(output):
+    """The last line of a run as a dictionary of strings."""
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("final ")
+    return dict(pair.split("=", 1) for pair in last.split()[1:])
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_and_common_run_alone_in_an_empty_folder(script, tmp_path):
+    for name in (f"{script}.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-every", 2, "--eval-size", 16]
+    result = run_script(script, *flags, cwd=tmp_path)
+    final = final_line(result.stdout)
+    assert list(final) == ["eval_score", "eval_exact", "episodes", "seconds", "run_dir"]
+    run_dir = tmp_path / final["run_dir"]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for key, value in final.items():
+        assert value == (f"{summary[key]:.3f}" if isinstance(summary[key], float) else str(summary[key]))
+    assert (
+        final["episodes"] == "96"
+        and run_dir.parent.name == "runs"
+        and run_dir.name.startswith(f"{script}__tiny__sort__1__")
+    )
+    logged = scalars(run_dir)
+    assert [step for step, _ in logged["eval/score"]] == [0, 64, 96]
+    assert logged["eval/score"][-1][1] == pytest.approx(summary["eval_score"])
+    assert [step for step, _ in logged["objective/score"]] == [32, 64, 96]
+    assert (
+        " -> " in result.stdout and "score" in result.stderr and "tokens/s" in result.stderr and "KL" in result.stderr
+    )
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    trained = common.load_checkpoint(run_dir)["policy"]
+    assert all(torch.equal(weight, trained[name]) for name, weight in model.state_dict().items())
+    assert tokenizer.decode(tokenizer("31415").input_ids) == "31415"
+    left = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
+    assert left == {f"{script}.py", "common.py", "runs"}
+
+
+def test_texts_and_hyperparameters_are_in_tensorboard(tmp_path):
+    run_main(reinforce_lm, "--total-episodes", 32, "--batch-size", 32, "--eval-size", 16, "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    tags = events.Tags()["tensors"]
+    text = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in tags}
+    assert "|learning_rate|" in text["hyperparameters/text_summary"]
+    assert "|prompt|response|score|reference|" in text["samples/text_summary"]
+    assert text["samples/text_summary"].count("\n") == 1 + 8
+
+
+def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
+    """Score, KL, length and the share that ended, recomputed from what the rollout and the reward returned."""
+    seen = {}
+    rollout, score, shaped = common.rollout, common.score_responses, reinforce_lm.shaped_rewards
+
+    def recording_rollout(*args, samples_per_prompt=1, **settings):
+        result = rollout(*args, samples_per_prompt=samples_per_prompt, **settings)
+        if samples_per_prompt > 1:
+            seen["responses"], seen["mask"], _ = result
+        return result
+
+    def recording_score(*args):
+        scores = score(*args)
+        seen["scores"] = scores if len(scores) == 32 else seen.get("scores")
+        return scores
+
+    def recording_shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+        seen["gap"] = logprobs - ref_logprobs
+        return shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef)
+
+    monkeypatch.setattr(common, "rollout", recording_rollout)
+    monkeypatch.setattr(common, "score_responses", recording_score)
+    monkeypatch.setattr(reinforce_lm, "shaped_rewards", recording_shaped)
+    flags = ["--total-episodes", 160, "--batch-size", 32, "--response-length", 9, "--eval-size", 4, "--kl-coef", 0.05]
+    run_main(reinforce_lm, *flags, "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    last = {tag: values[-1][1] for tag, values in scalars(run_dir).items()}
+    first = {tag: values[0][1] for tag, values in scalars(run_dir).items()}
+    lengths, kl, scores, ended = [], [], [], []
+    for i in range(32):
+        tokens = seen["responses"][i].tolist()
+        length = tokens.index(0) + 1 if 0 in tokens else 9
+        lengths.append(length)
+        ended.append(0 in tokens)
+        kl.append(seen["gap"][i, :length].sum().item())
+        scores.append(seen["scores"][i].item())
+    assert len(set(lengths)) > 1
+    assert last["objective/response_length"] == pytest.approx(sum(lengths) / 32)
+    assert last["objective/ended"] == pytest.approx(sum(ended) / 32)
+    assert last["objective/score"] == pytest.approx(sum(scores) / 32, rel=1e-5)
+    assert last["objective/kl_ref"] == pytest.approx(sum(kl) / 32, rel=1e-4)
+    assert last["objective/return"] == pytest.approx((sum(scores) - 0.05 * sum(kl)) / 32, rel=1e-4)
+    assert abs(first["objective/kl_ref"]) < 1e-4 < last["objective/kl_ref"]  # the policy starts as its reference
+    assert last["policy/sampler_gap"] < 1e-5 and 0 < last["policy/entropy"] < 2.4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path):
+    flags = ["--total-episodes", 1280, "--batch-size", 32, "--save-every", 5, "--eval-every", 10, "--eval-size", 16]
+    flags += ["--kl-target", 0.5]
+    whole = final_line(run_script(script, *flags, "--output-dir", tmp_path / "whole").stdout)
+    command = [sys.executable, f"{script}.py", *map(str, flags), "--output-dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("killed/*/checkpoint_*.pt")) and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (run_dir,) = (tmp_path / "killed").iterdir()
+    stopped_at = common.load_checkpoint(run_dir)["iteration"]
+    assert 5 <= stopped_at < 40 and not (run_dir / "summary.json").exists()
+    resumed = final_line(run_script(script, "--resume", run_dir).stdout)
+    assert resumed["run_dir"] == str(run_dir) and resumed["eval_score"] == whole["eval_score"]
+    expected, found = common.load_checkpoint(whole["run_dir"]), common.load_checkpoint(run_dir)
+    assert found["iteration"] == expected["iteration"] == 40 and found["numbers"] == expected["numbers"]
+    for part in expected:
+        if part not in ("args", "seconds", "iteration", "numbers", "script"):
+            assert_same(expected[part], found[part])
+    for tag, values in scalars(whole["run_dir"]).items():
+        if not tag.startswith("time/"):
+            assert scalars(run_dir)[tag] == values, tag
+
+
+def assert_same(expected, found):
+    """Bit for bit, through nested dictionaries and lists."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, found)
+    elif isinstance(expected, (dict, list)):
+        keys = expected if isinstance(expected, dict) else range(len(expected))
+        assert len(expected) == len(found)
+        for key in keys:
+            assert_same(expected[key], found[key])
+    else:
+        assert expected == found
+
+
+def test_what_a_resumed_run_may_change(tmp_path, capsys):
+    short = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path]
+    run_main(reinforce_lm, *short, "--no-anneal-lr")
+    (run_dir,) = tmp_path.iterdir()
+    capsys.readouterr()
+
+    def error_of(*flags):
+        with pytest.raises(SystemExit) as stop:
+            run_main(reinforce_lm, "--resume", run_dir, *flags)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--learning-rate: expected 0.001 as in" in error_of("--learning-rate", "5e-4")
+    assert "--seed" in error_of("--seed", 2) and "--reward" in error_of("--reward", "exact")
+    run_main(reinforce_lm, "--resume", run_dir, "--total-episodes", 96, "--eval-every", 1, "--micro-batch-size", 8)
+    assert common.load_checkpoint(run_dir)["iteration"] == 3
+    path = sorted(run_dir.glob("checkpoint_*.pt"))[-1]
+    torch.save(torch.load(path) | {"script": "other_lm"}, path)
+    assert "--resume: expected a run of reinforce_lm, found 'other_lm'" in error_of()
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    torch_save = torch.save
+
+    def full_at_the_second(state, file):
+        if state["iteration"] == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        torch_save(state, file)
+
+    monkeypatch.setattr(torch, "save", full_at_the_second)
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--save-every", 1, "--output-dir", tmp_path]
+    with pytest.raises(SystemExit) as stop:
+        run_main(reinforce_lm, *flags)
+    (run_dir,) = tmp_path.iterdir()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error: --save-every" in error and f"--resume {run_dir}" in error
+    monkeypatch.setattr(torch, "save", torch_save)
+    assert common.load_checkpoint(run_dir)["iteration"] == 1
+    run_main(reinforce_lm, "--resume", run_dir)
+    assert common.load_checkpoint(run_dir)["iteration"] == 3
+
+
+def test_broken_reward_stops_the_run_in_one_line(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "calls = []\n"
+        "def fn(prompts, responses, **columns):\n"
+        "    calls.append(1)\n"
+        "    return [float('nan') if len(calls) > 2 else 0.5] * len(responses)\n"
+    )
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path / "runs"]
+    with pytest.raises(SystemExit) as stop:
+        run_main(reinforce_lm, *flags, "--reward", f"{tmp_path}/mine.py:fn")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert f"error: --reward {tmp_path}/mine.py:fn, iteration 2, sort line" in error.replace("sort row", "sort line")
+    assert "expected a finite number, found nan" in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_learns(script, tmp_path):
+    result = run_script(script, "--total-episodes", 256 * 100, "--eval-every", 0, "--output-dir", tmp_path)
+    logged = scalars(final_line(result.stdout)["run_dir"])
+    before, after = logged["eval/score"][0][1], logged["eval/score"][-1][1]
+    assert before < 0.4 and after > before + 0.25
+    assert logged["objective/score"][-1][1] > logged["objective/score"][0][1] + 0.25
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_any_checkpoint_with_real_text_and_own_reward(kind, tmp_path):
+    """A byte-pair tokenizer and a checkpoint made here, JSONL with prompts of many lengths, a reward in a file."""
+    from conftest import tiny_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [
+        f"the film about {thing} is {word}" for thing in ("love", "war and peace", "a dog") for word in ("dull", "fun")
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], show_progress=False)
+    tokenizer.train_from_iterator(texts * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    folder = tmp_path / "checkpoint"
+    tokenizer.save_pretrained(folder)
+    tiny_model(kind, vocab_size=len(tokenizer), seed=3).save_pretrained(folder)
+    rows = [{"text": text.rsplit(" ", 1)[0] + " " * i, "wanted": text[0]} for i, text in enumerate(texts * 2)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(
+        "def fn(prompts, responses, wanted):\n    return [float(r.count(w)) for r, w in zip(responses, wanted)]\n"
+    )
+    flags = ["--model", folder, "--dataset", tmp_path / "data.jsonl", "--prompt-column", "text", "--reward"]
+    flags += [f"{tmp_path}/mine.py:fn", "--response-length", 8, "--total-episodes", 64 * 30, "--batch-size", 64]
+    flags += ["--learning-rate", 1e-2, "--kl-coef", 0.01, "--eval-every", 0, "--output-dir", tmp_path / "runs"]
+    run_main(reinforce_lm, *flags)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    logged = scalars(run_dir)
+    assert set(json.loads((run_dir / "summary.json").read_text())) == {"eval_score", "episodes", "seconds", "run_dir"}
+    start = sum(value for _, value in logged["objective/score"][:3]) / 3
+    assert sum(value for _, value in logged["objective/score"][-3:]) / 3 > start + 0.5
+    assert max(value for _, value in logged["policy/sampler_gap"]) < 1e-4
+    reloaded = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert reloaded.config.model_type == kind and Path(run_dir / "model" / "tokenizer.json").exists()
