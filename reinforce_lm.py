@@ -358,6 +358,8 @@ def main(args, checkpoint=None):
     if checkpoint:
         for name, part in trained.items():
             part.load_state_dict(checkpoint[name])
+        if sampler is not policy:
+            common.copy_weights(policy, sampler)
         numbers = checkpoint["numbers"]
         first_iteration, earlier_seconds = checkpoint["iteration"] + 1, checkpoint["seconds"]
     run_dir, writer = args.resume, None
@@ -404,8 +406,6 @@ def main(args, checkpoint=None):
     for iteration in range(first_iteration, num_iterations + 1):
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_time = time.time()
-        if sampler is not policy:
-            common.copy_weights(policy, sampler)
         start = (iteration - 1) * local_prompts * world_size + rank * local_prompts
         indices = common.prompt_indices(len(train_prompts.rows), start, local_prompts, args.seed)
         batch = train_prompts.select(indices)
@@ -489,6 +489,8 @@ def main(args, checkpoint=None):
         }
 
         # ===== [5/5] Log, evaluate, save (shared by all three scripts) =====
+        if sampler is not policy:
+            common.copy_weights(policy, sampler)
         episode = iteration * args.batch_size
         seconds = time.time() - iteration_time
         metrics["time/rollout_seconds"] = rollout_seconds

@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: the copy contract, learning, resuming, and what a run leaves behind."""
 
+import importlib
 import json
 import os
 import shutil
@@ -148,6 +149,31 @@ def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path):
     for tag, values in scalars(whole["run_dir"]).items():
         if not tag.startswith("time/"):
             assert scalars(run_dir)[tag] == values, tag
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bfloat16_sampler_follows_the_policy(script, tmp_path, monkeypatch):
+    """Every rollout, evaluations included, is sampled from the latest weights; they and the optimizer stay in fp32."""
+    module, policies, gaps = importlib.import_module(script), [], []
+    load_policy, rollout = common.load_policy, common.rollout
+
+    def checking_rollout(model, *args, **settings):
+        for parameter, copied in zip(policies[-1].parameters(), model.parameters()):
+            assert parameter.dtype == torch.float32 and copied.dtype == torch.bfloat16
+            gaps.append((parameter.bfloat16() - copied).abs().max().item())
+        return rollout(model, *args, **settings)
+
+    monkeypatch.setattr(common, "load_policy", lambda *args: policies.append(load_policy(*args)) or policies[-1])
+    monkeypatch.setattr(common, "rollout", checking_rollout)
+    flags = ["--dtype", "bfloat16", "--batch-size", 32, "--eval-size", 4, "--save-every", 1]
+    run_main(module, *flags, "--total-episodes", 64, "--no-anneal-lr", "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    run_main(module, "--resume", run_dir, "--total-episodes", 96)
+    assert len(gaps) > 100 and max(gaps) == 0.0
+    checkpoint = common.load_checkpoint(run_dir)
+    assert all(weight.dtype == torch.float32 for weight in checkpoint["policy"].values())
+    logged = scalars(run_dir)
+    assert 0 < max(value for _, value in logged["policy/sampler_gap"]) < 0.2
 
 
 def assert_same(expected, found):
