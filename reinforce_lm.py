@@ -97,7 +97,7 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: float = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    total_episodes: int = 153_600
+    total_episodes: int = 128_000
     """responses to train on"""
     batch_size: int = 256
     """responses per iteration, over all ranks"""
@@ -107,7 +107,7 @@ class Args:
     """responses per forward and backward pass, to bound memory; 0 for all of the rank's at once"""
     rollout_batch_size: int = 0
     """responses sampled at once, to bound memory; 0 for all of the rank's at once"""
-    kl_coef: float = 0.01
+    kl_coef: float = 0.02
     """beta, the price of one nat of divergence from the reference policy; 0 keeps no reference in memory"""
     kl_target: float = 0.0
     """nats per response that beta is adapted to; 0 keeps beta fixed"""
@@ -118,7 +118,7 @@ class Args:
 
     # Algorithm specific arguments
     # ===== Arguments (algorithm) =====
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """learning rate of AdamW"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
@@ -128,7 +128,7 @@ class Args:
     """baseline that is subtracted from the returns"""
     ema_decay: float = 0.9
     """share of the old value in the moving average of --baseline ema"""
-    normalize_advantages: bool = True
+    normalize_advantages: bool = False
     """divide advantages by their standard deviation over the whole batch"""
 
 
@@ -139,14 +139,18 @@ def masked_mean(values, mask):
     return total / count
 
 
-def whiten(values, mask, shift_mean=True):
-    """Divide `values` by their deviation over the True entries of `mask` on all ranks (population variance).
+def masked_variance(values, mask):
+    """Population variance of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
-    The mean is subtracted too unless `shift_mean` is False. What the mask leaves out becomes 0.
+
+def whiten(values, mask, shift_mean=True):
+    """Divide `values` by their deviation over the True entries of `mask`, on all ranks. What the mask leaves out is 0.
+
+    The mean is subtracted too unless `shift_mean` is False.
     """
-    mean = masked_mean(values, mask)
-    deviation = masked_mean((values - mean) ** 2, mask).sqrt()
-    return ((values - mean if shift_mean else values) / (deviation + 1e-8)).where(mask, 0.0)
+    shift = masked_mean(values, mask) if shift_mean else 0.0
+    return ((values - shift) / (masked_variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
 
 
 def policy_logprobs(model, sequences, attention_mask, args):
@@ -238,7 +242,7 @@ def check_args(args, world_size):
     multiple = f"a divisor of the {per_rank} responses of a rank"
     require(per_rank % (args.micro_batch_size or 1) == 0, "--micro-batch-size", multiple, args.micro_batch_size)
     require(args.rollout_batch_size % k == 0, "--rollout-batch-size", f"a multiple of {k}", args.rollout_batch_size)
-    check_algorithm_args(args)
+    check_algorithm_args(args, per_rank)
 
 
 def check_resume(args, checkpoint, script):
@@ -256,7 +260,7 @@ def flag(name):
 
 
 # ===== Equations (algorithm) =====
-def check_algorithm_args(args):
+def check_algorithm_args(args, per_rank):
     """Raise `InputError` for the first of REINFORCE's own flags with a value that makes no sense."""
     for name in ("learning_rate", "max_grad_norm"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
