@@ -19,14 +19,14 @@ judges the states, and generalised advantage estimation (Schulman et al. 2016) c
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
 V is 0 behind an end token. A response that is cut at the length limit has not ended: with --truncation terminal the
-limit counts as an end, which makes it part of the task; with bootstrap V of the state behind the last token stands in for
-the tokens that never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient step raises one of
+limit counts as an end, which makes it part of the task; with bootstrap V of the state behind the last token stands in
+for the tokens that never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient step raises one of
 
     (6)  L = E_t[min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps_high) A_t)]               clipped surrogate, eq. 7
     (7)  L = E_t[ratio_t A_t - c KL(pi_old(. | s_t) || pi(. | s_t))]                       penalised surrogate, eq. 8
 
-(6) gives no reason to push a ratio beyond the range in which it was sampled; (7) pays for it, with a coefficient c that
-follows the divergence that the update caused (section 4 of the paper) and a KL that is exact, over the whole vocabulary:
+(6) ends the gain where a ratio leaves the range around 1. (7) prices the exact divergence, over the whole vocabulary,
+with a coefficient that follows what the update before has caused (section 4 of the paper):
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
@@ -34,8 +34,8 @@ while the critic lowers the squared error, and is kept near the values V_old fro
 
     (9)  L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
 
-E_t is the mean over all response tokens of a minibatch, on all ranks. The critic is a network of its own: it starts as a
-copy of the policy's layers with a head of zeros, so that V is 0 at first. On a shared trunk its error, which is large
+E_t is the mean over all response tokens of a minibatch, on all ranks. The critic is a network of its own: a copy of the
+policy's layers with a head of zeros, so that V is 0 at first. On a shared trunk its error, which is large
 while it knows nothing, would move the policy, and the weight between the two losses would be one more thing to tune.
 
 Departures from the paper: AdamW with clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped
@@ -149,7 +149,7 @@ class Args:
     penalty_target: float = 0.01
     """nats per token that c is adapted to"""
     target_kl: float = 0.0
-    """end the update before a minibatch whose estimated KL from the old policy exceeds this, in nats per token; 0 never"""
+    """stop updating before a minibatch whose KL from the old policy exceeds this many nats per token; 0 never stops"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
     gae_lambda: float = 0.95
@@ -386,7 +386,9 @@ def value_loss(new_values, values, returns, value_clip):
         error = torch.max(error, (clipped - returns) ** 2)
     return 0.5 * error  # (9)
 
-    # ===== Checks and run directory (shared by all three scripts) =====
+
+# ===== Main: checks and sizes (shared by all three scripts) =====
+def main(args, checkpoint=None):
     start_time = time.time()
     script = Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)

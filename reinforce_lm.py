@@ -307,8 +307,8 @@ def policy_gradient_loss(new_logprobs, advantages, response_mask, num_responses)
     return -(advantages * new_logprobs).where(response_mask, 0.0).sum() / num_responses  # (7)
 
 
+# ===== Main: checks and sizes (shared by all three scripts) =====
 def main(args, checkpoint=None):
-    # ===== Checks and run directory (shared by all three scripts) =====
     start_time = time.time()
     script = Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)

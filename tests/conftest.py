@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import common
 
-SCRIPTS = ["reinforce_lm"]
+SCRIPTS = ["reinforce_lm", "ppo_lm"]
 
 
 def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, **settings):

@@ -1,0 +1,277 @@
+"""ppo_lm.py against hand-worked advantages, enumerated gradients, REINFORCE, and its own bookkeeping."""
+
+import pytest
+import torch
+from conftest import recorded_gradients, run_main, tiny_model
+from test_reinforce import MASK, RESPONSES, SCORES, Enumerated
+from test_runs import scalars
+
+import common
+import ppo_lm
+import reinforce_lm
+from ppo_lm import (
+    Args,
+    Critic,
+    adapt_penalty,
+    batched_kl,
+    batched_values,
+    clipped_surrogate,
+    exact_kl,
+    generalized_advantages,
+    policy_logprobs,
+    value_loss,
+)
+
+SHORT = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_generalized_advantages_by_hand(gae_lambda):
+    """[a, end], [a, b, c] cut at the limit and bootstrapped, and [a, b] with a token in between that is masked."""
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, True]])
+    rewards = torch.tensor([[0.1, 1.0, 0.0], [0.2, 0.0, 2.0], [0.3, 0.0, -1.0]])
+    values = torch.tensor([[0.5, 0.7, 9.0], [0.1, 0.2, 0.3], [0.4, 9.0, 0.6]])
+    next_values = torch.tensor([0.0, 0.8, 0.0])
+    gamma, decay = 0.9, 0.9 * gae_lambda
+    last = [1.0 - 0.7, 2.0 + 0.9 * 0.8 - 0.3, -1.0 - 0.6]
+    middle = 0.0 + 0.9 * 0.3 - 0.2 + decay * last[1]
+    expected = torch.tensor(
+        [
+            [0.1 + 0.9 * 0.7 - 0.5 + decay * last[0], last[0], 0.0],
+            [0.2 + 0.9 * 0.2 - 0.1 + decay * middle, middle, last[1]],
+            [0.3 + 0.9 * 0.6 - 0.4 + decay * last[2], 0.0, last[2]],
+        ]
+    )
+    advantages = generalized_advantages(rewards, values, mask, next_values, gamma, gae_lambda)
+    torch.testing.assert_close(advantages, expected)
+
+
+def test_generalized_advantages_are_the_double_sum():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
+    lengths, next_values = [7, 1, 4, 7, 6], torch.tensor([0.0, 0.0, 0.0, 0.6, 0.0])
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    advantages = generalized_advantages(rewards, values, mask, next_values, 0.9, 0.8)
+    for i, length in enumerate(lengths):
+        following = [*values[i, 1:length].tolist(), next_values[i].item()]
+        deltas = [rewards[i, t].item() + 0.9 * following[t] - values[i, t].item() for t in range(length)]
+        for t in range(7):
+            expected = sum((0.9 * 0.8) ** (later - t) * deltas[later] for later in range(t, length))
+            assert advantages[i, t].item() == pytest.approx(expected, abs=1e-5)
+    without_critic = generalized_advantages(rewards.where(mask, 0.0), torch.zeros(5, 7), mask, torch.zeros(5), 1.0, 1.0)
+    torch.testing.assert_close(
+        without_critic, reinforce_lm.discounted_returns(rewards.where(mask, 0.0), 1.0).where(mask, 0.0)
+    )
+
+
+def test_gradient_at_the_old_policy_is_that_of_reinforce_and_the_enumerated_one():
+    case = Enumerated()
+    logprobs = case.logprobs(case.policy)
+    old_logprobs = logprobs.detach()
+    probabilities = old_logprobs.where(MASK, 0.0).sum(1).exp()
+    advantages = SCORES[:, None].expand(7, 2)
+    weights = probabilities[:, None]
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = (weights * clipped_surrogate(ratio, advantages, 0.2, 0.2)).where(MASK, 0.0).sum()
+    reinforce = -reinforce_lm.policy_gradient_loss(logprobs, weights * advantages, MASK, 1)
+    _, logits = policy_logprobs(case.policy, case.sequences, case.attention_mask, case.args)
+    kl = exact_kl(logits.detach(), logits)
+    penalised = (weights * (ratio * advantages - 5.0 * kl)).where(MASK, 0.0).sum()
+    expected = case.exact_gradient(kl_coef=0.0, gamma=1.0)
+    for value in (clipped, reinforce, penalised):
+        gradient = torch.autograd.grad(value, list(case.policy.parameters()), retain_graph=True)
+        torch.testing.assert_close(torch.cat([g.flatten() for g in gradient]), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_clipping_takes_the_gradient_on_the_right_side_only():
+    ratio = torch.tensor([[0.5, 0.9, 1.0, 1.25, 1.5] * 2]).requires_grad_()
+    advantages = torch.tensor([[1.0] * 5 + [-1.0] * 5])
+    clipped_surrogate(ratio, advantages, 0.2, 0.3).sum().backward()
+    assert ratio.grad.tolist() == [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -1.0, -1.0]]
+
+
+def test_exact_kl_is_that_of_torch_distributions():
+    torch.manual_seed(0)
+    old, new = torch.randn(2, 3, 11) * 3, torch.randn(2, 3, 11) * 3
+    categorical = torch.distributions.Categorical
+    expected = torch.distributions.kl_divergence(categorical(logits=old), categorical(logits=new))
+    torch.testing.assert_close(exact_kl(old, new), expected)
+    case, other = Enumerated(), tiny_model(vocab_size=3, dtype=torch.float64, seed=7)
+    batched = batched_kl(case.policy, other, case.sequences, case.attention_mask, 3, case.args)
+    _, old = policy_logprobs(case.policy, case.sequences, case.attention_mask, case.args)
+    _, new = policy_logprobs(other, case.sequences, case.attention_mask, case.args)
+    expected = torch.distributions.kl_divergence(categorical(logits=old), categorical(logits=new))
+    torch.testing.assert_close(batched, expected)
+
+
+def test_penalty_rule():
+    assert adapt_penalty(3.0, 0.0066, 0.01) == 1.5
+    assert adapt_penalty(3.0, 0.0067, 0.01) == 3.0
+    assert adapt_penalty(3.0, 0.0150, 0.01) == 3.0
+    assert adapt_penalty(3.0, 0.0151, 0.01) == 6.0
+
+
+def test_value_loss_and_its_clipping():
+    values, returns = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, -1.0]])
+    new_values = torch.tensor([[0.1, 0.5, 0.5]]).requires_grad_()
+    plain = value_loss(new_values, values, returns, 0.0)
+    torch.testing.assert_close(plain, 0.5 * torch.tensor([[0.81, 0.25, 2.25]]))
+    clipped = value_loss(new_values, values, returns, 0.2)
+    torch.testing.assert_close(clipped, 0.5 * torch.tensor([[0.81, 0.64, 2.25]]))
+    clipped.sum().backward()  # the second value is beyond the limit on the way to its return: it is left alone
+    torch.testing.assert_close(new_values.grad, torch.tensor([[-0.9, 0.0, 1.5]]))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_critic_starts_at_zero_as_a_copy_and_reads_the_right_states(kind):
+    policy, args = tiny_model(kind), Args(response_length=3)
+    critic = Critic(policy)
+    sequences = torch.randint(1, 12, (4, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(sequences, dtype=torch.bool)
+    mask[1, :2] = False
+    assert (critic(sequences, mask, args) == 0).all()
+    for copied, weight in zip(critic.backbone.parameters(), policy.base_model.parameters()):
+        assert torch.equal(copied, weight) and copied.data_ptr() != weight.data_ptr()
+    torch.nn.init.normal_(critic.head.weight)
+    values = critic(sequences, mask, args)
+    assert values.shape == (4, 4)
+    for t in range(4):  # V_t reads the prompt and the t tokens before, and nothing behind
+        changed = sequences.clone()
+        changed[:, 4 + t :] = 1
+        torch.testing.assert_close(critic(changed, mask, args)[:, : t + 1], values[:, : t + 1])
+        single = critic.head(critic.backbone(sequences[1:2, 2 : 4 + t]).last_hidden_state[:, -1])[0, 0]
+        torch.testing.assert_close(values[1, t], single, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batched_values(critic, sequences, mask, 3, args), values.detach())
+
+
+def ppo_run(tmp_path, *flags):
+    """Run ppo_lm.py; returns what it logged, tag -> list of values."""
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    run_main(ppo_lm, *SHORT, "--output-dir", folder, *flags)
+    (run_dir,) = folder.iterdir()
+    return {tag: [value for _, value in values] for tag, values in scalars(run_dir).items()}
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])
+def test_first_minibatch_has_ratio_one_and_the_optimizers_step_once_per_minibatch(surrogate, tmp_path, model_folder):
+    folder = model_folder("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    flags = ["--model", folder, "--surrogate", surrogate, "--update-epochs", 3, "--num-minibatches", 5]
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        logged = ppo_run(tmp_path, *flags, "--total-episodes", 64)
+    assert len(steps) == 2 * 2 * 3 * 5  # iterations, networks, epochs, minibatches
+    assert logged["policy/update_epochs_done"] == [3.0, 3.0]
+    for ratio in logged["policy/ratio_first_minibatch"]:
+        assert ratio == pytest.approx(1.0, abs=1e-5)
+    assert min(logged["policy/approx_kl"]) > 1e-5  # measured after the update, which did move
+
+
+def test_micro_batches_do_not_change_the_gradient(tmp_path):
+    recorded = []
+    for size in (0, 1, 4, 8):
+        flags = ["--total-episodes", 32, "--response-length", 12, "--num-minibatches", 2, "--update-epochs", 1]
+        with recorded_gradients(torch.optim.AdamW) as steps:
+            ppo_run(tmp_path, *flags, "--micro-batch-size", size, "--max-grad-norm", 1e9)
+        recorded.append(steps)
+    for steps in recorded[1:]:
+        for step, expected in zip(steps[:2], recorded[0][:2], strict=True):  # the first step of critic and policy
+            assert (step - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_early_stop_stops(tmp_path):
+    flags = ["--total-episodes", 64, "--update-epochs", 4, "--num-minibatches", 2, "--learning-rate", 0.01]
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        logged = ppo_run(tmp_path, *flags, "--target-kl", 1e-6)
+    assert logged["policy/update_epochs_done"] == [0.5, 0.5]  # one step; the second minibatch saw the KL it caused
+    assert len(steps) == 2 * 2
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        logged = ppo_run(tmp_path, *flags, "--target-kl", 1e6)
+    assert logged["policy/update_epochs_done"] == [4.0, 4.0] and len(steps) == 2 * 2 * 4 * 2
+
+
+def test_warm_up_trains_the_critic_alone(tmp_path):
+    flags = ["--total-episodes", 96, "--critic-warmup-iterations", 2, "--save-every", 1]
+    logged = ppo_run(tmp_path, *flags)
+    assert logged["policy/approx_kl"][:2] == [0.0, 0.0] and logged["policy/approx_kl"][2] > 0
+    assert logged["value/mean"][0] == 0.0 and logged["value/mean"][1] != 0.0
+    (run_dir,) = (tmp_path / "run0").iterdir()
+    fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    warm = torch.load(run_dir / "checkpoint_00000002.pt")["policy"]
+    assert all(torch.equal(weight, warm[name]) for name, weight in fresh.state_dict().items())
+
+
+def test_the_penalty_follows_the_divergence(tmp_path):
+    flags = ["--surrogate", "kl_penalty", "--total-episodes", 128]
+    logged = ppo_run(tmp_path, *flags, "--penalty-target", 1e-9)
+    assert logged["policy/penalty_coef"] == [1.0, 2.0, 4.0, 8.0] and min(logged["policy/kl"]) > 1.5e-9
+    logged = ppo_run(tmp_path, *flags, "--penalty-target", 1e9)
+    assert logged["policy/penalty_coef"] == [1.0, 0.5, 0.25, 0.125]
+    # the exact KL and its sampled estimate are two measures of one thing
+    assert logged["policy/kl"][-1] == pytest.approx(logged["policy/approx_kl"][-1], rel=0.5)
+
+
+@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
+def test_what_follows_a_cut_response(truncation, tmp_path, monkeypatch):
+    """The advantage of the last token: the critic's word for what follows counts only where a response was cut."""
+    seen = []
+    original = ppo_lm.generalized_advantages
+
+    def recording(rewards, values, response_mask, next_values, gamma, gae_lambda):
+        seen.append((response_mask, next_values))
+        return original(rewards, values, response_mask, next_values, gamma, gae_lambda)
+
+    has_ended = []
+    monkeypatch.setattr(ppo_lm, "generalized_advantages", recording)
+    original_has_ended = common.has_ended
+    monkeypatch.setattr(common, "has_ended", lambda r, e: has_ended.append(original_has_ended(r, e)) or has_ended[-1])
+    ppo_run(tmp_path, "--truncation", truncation, "--total-episodes", 64)
+    _, next_values = seen[-1]
+    assert has_ended[-1].any() and not has_ended[-1].all()
+    assert (next_values[has_ended[-1]] == 0).all()
+    assert (next_values[~has_ended[-1]] != 0).all() if truncation == "bootstrap" else (next_values == 0).all()
+
+
+CLOSED_FORM = ["--kl-coef", "0.5", "--response-length", "2", "--total-episodes", str(64 * 400), "--batch-size", "64"]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (reinforce_lm, ["--learning-rate", "0.01"]),
+        (ppo_lm, ["--learning-rate", "0.003", "--critic-learning-rate", "0.003"]),
+    ],
+    ids=["reinforce_lm", "ppo_lm"],
+)
+def test_training_reaches_the_closed_form_optimum(script, flags, tmp_path):
+    """The best policy for E[R] - beta KL is pi_ref exp(R / beta) / Z, and its value is beta log Z."""
+    model = tiny_model(vocab_size=3, seed=2)
+    for parameter in model.parameters():  # loud weights are hard to move
+        parameter.data.mul_(0.5 if parameter.ndim > 1 else 1.0)
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    common.character_tokenizer("ab").save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "ba"}\n{"prompt": "bb"}\n')
+    table = dict(zip(["", "a", "aa", "ab", "b", "ba", "bb"], SCORES.tolist()))
+    (tmp_path / "mine.py").write_text(
+        f"T = {table}\ndef fn(prompts, responses):\n    return [T[r] for r in responses]\n"
+    )
+    run = ["--model", folder, "--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "data.jsonl"]
+    run += ["--reward", f"{tmp_path}/mine.py:fn", "--eval-every", 0, "--output-dir", tmp_path / "runs"]
+    run_main(script, *run, *CLOSED_FORM, *flags)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    trained = common.load_policy(str(run_dir / "model"), None, 4, seed=1)
+    args, beta = Args(response_length=2), 0.5
+    for prompt in ([2, 1], [2, 2]):
+        sequences = torch.cat([torch.tensor([prompt]).expand(7, 2), RESPONSES], 1)
+        attention_mask = torch.cat([torch.ones(7, 2, dtype=torch.bool), MASK], 1)
+        log_p, log_ref = [
+            policy_logprobs(m, sequences, attention_mask, args)[0].detach().where(MASK, 0.0).sum(1).double()
+            for m in (trained, model)
+        ]
+
+        def value(log_p, log_ref=log_ref):
+            return (log_p.exp() * (SCORES - beta * (log_p - log_ref))).sum().item()
+
+        best = (beta * (log_ref + SCORES / beta).logsumexp(0)).item()
+        assert value((log_ref + SCORES / beta).log_softmax(0)) == pytest.approx(best)
+        assert value(log_ref) < best - 0.3
+        assert best - 0.02 < value(log_p) <= best + 1e-6
