@@ -216,7 +216,7 @@ def load_tokenizer(model, rows, trust_remote_code=False):
 
 
 def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False):
-    """A causal language model in fp32 with every dropout at 0.
+    """A causal language model in fp32, in evaluation mode, with every dropout at 0.
 
     Args:
         model: folder or hub name of a checkpoint, or "tiny" for a GPT-2 of about 100k random parameters.
@@ -248,13 +248,18 @@ def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False)
     if model == "tiny":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        raise InputError(f"--model: expected the weights of a causal language model in {model!r} ({error})") from None
+            policy = AutoModelForCausalLM.from_config(config)
+    else:
+        settings = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        try:
+            policy = AutoModelForCausalLM.from_pretrained(model, **settings)
+        except Exception as error:
+            expected = "the weights of a causal language model"
+            raise InputError(f"--model: expected {expected} in {model!r} ({error})") from None
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # it would stop the gradient of the padding id, which may be an end token
+    return policy.eval()
 
 
 def bfloat16_copy(model):

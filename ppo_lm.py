@@ -416,7 +416,6 @@ def main(args, checkpoint=None):
     )
     context_length = max(train_prompts.ids.shape[1], eval_prompts.ids.shape[1]) + args.response_length
     policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code).to(device)
-    policy.eval()
     end_ids = common.end_token_ids(tokenizer, policy)
     reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef else None
     # Sampling in bfloat16 reads half the memory. The copy follows the policy, whose own weights stay in float32.

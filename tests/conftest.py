@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import common
 
-SCRIPTS = ["reinforce_lm", "ppo_lm"]
+SCRIPTS = ["reinforce_lm", "ppo_lm", "trpo_lm"]
 
 
-def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, **settings):
+def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
     """A causal language model with loud random weights, so that its distribution is far from uniform."""
     if kind == "gpt2":
         config = GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2, **settings)
@@ -28,7 +28,8 @@ def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, **settin
         config = LlamaConfig(
             vocab_size=vocab_size, num_key_value_heads=1, max_position_embeddings=32, **size, **settings
         )
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    config.bos_token_id = config.eos_token_id = 0
+    config.pad_token_id = pad_token_id
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():

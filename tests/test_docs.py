@@ -1,6 +1,7 @@
 """Code and README say the same: flags, metrics, equations, shared sections."""
 
 import ast
+import difflib
 import importlib
 import re
 
@@ -47,13 +48,23 @@ def test_every_flag_is_read_and_none_is_written(script):
     assert not names and set(fields) == reads
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_explained_in_one_line_and_in_the_readme(script):
+def flag_rows(script):
+    """The rows of the README's tables of flags, from the script: (shared by all three?, row)."""
     (args,) = [n for n in ast.parse(SOURCES[script]).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    start = SOURCES[script].splitlines().index("    # Algorithm specific arguments")
     for field, text in zip(args.body[::2], args.body[1::2], strict=True):
-        name, help_text = field.target.id, text.value.value
-        assert isinstance(help_text, str) and "\n" not in help_text and len(help_text) < 130
-        assert f"`--{name.replace('_', '-')}`" in README, name
+        assert isinstance(text.value.value, str) and "\n" not in text.value.value, field.target.id
+        default = str(ast.literal_eval(field.value))
+        default = {"": "empty", "True": "on", "False": "off"}.get(default, default)
+        flag = "--" + field.target.id.replace("_", "-")
+        yield field.lineno < start, f"| `{flag}` | {default} | {text.value.value} |"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_the_readme_with_its_default_and_help(script):
+    """Regenerate the tables with `python tests/test_docs.py`."""
+    for _, row in flag_rows(script):
+        assert row in README
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -73,7 +84,7 @@ def test_readme_explains_no_flag_or_metric_that_is_gone():
     }
     negated = {"--no-" + flag[2:] for flag in flags}
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
-        assert flag in flags | negated | {"--nproc-per-node", "--logdir", "--no-index", "--stat"}, flag
+        assert flag in flags | negated | {"--nproc-per-node", "--logdir", "--help"}, flag
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -81,7 +92,7 @@ def test_every_equation_has_one_anchor(script):
     module = ast.parse(SOURCES[script])
     docstring = ast.get_docstring(module)
     code = SOURCES[script].split('"""', 2)[2]
-    equations = [int(n) for n in re.findall(r"^ *\((\d+)\)  ", docstring, flags=re.MULTILINE)]
+    equations = [int(n) for n in re.findall(r"^    \((\d+)\) ", docstring, flags=re.MULTILINE)]
     assert equations == list(range(1, len(equations) + 1)) and len(equations) > 5
     anchors = [
         int(n) for line in code.splitlines() if "# " in line for n in re.findall(r"\((\d+)\)", line.split("# ", 1)[1])
@@ -89,8 +100,30 @@ def test_every_equation_has_one_anchor(script):
     assert sorted(anchors) == equations
 
 
+def kept_share(first, second):
+    """Percentage of the non-blank lines of one text that stand in the other, in order."""
+    first, second = [[line for line in text.splitlines() if line.strip()] for text in (first, second)]
+    blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    return 100 * sum(block.size for block in blocks) / len(first)
+
+
+@pytest.mark.parametrize(
+    "first, second, at_least",
+    [("reinforce_lm", "ppo_lm", 75), ("reinforce_lm", "trpo_lm", 72), ("ppo_lm", "trpo_lm", 65)],
+)
+def test_the_diff_is_the_algorithm(first, second, at_least):
+    share = kept_share(SOURCES[first], SOURCES[second])
+    assert share >= at_least
+    assert f"| `{first}.py` | `{second}.py` | {share:.0f} % |" in README
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_word_per_concept(script):
     for source in (SOURCES[script], (ROOT / "common.py").read_text()):
         assert not re.findall(r"\b(query|queries|completions?|log_probs?|logps?)\b", source)
         assert not re.findall(r"\b(TODO|FIXME|XXX)\b", source)
+
+
+if __name__ == "__main__":
+    for script in SCRIPTS:
+        print(script, *[row for is_shared, row in flag_rows(script) if script == SCRIPTS[0] or not is_shared], sep="\n")

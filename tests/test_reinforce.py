@@ -41,7 +41,7 @@ class Enumerated:
         return policy_logprobs(model, self.sequences, self.attention_mask, self.args)[0]
 
     def gradient(self, value):
-        gradients = torch.autograd.grad(value, list(self.policy.parameters()))
+        gradients = torch.autograd.grad(value, list(self.policy.parameters()), retain_graph=True)
         return torch.cat([g.flatten() for g in gradients])
 
     def exact_gradient(self, kl_coef, gamma):

@@ -135,6 +135,15 @@ def test_dropout_is_off(settings, model_folder):
     torch.testing.assert_close(model(ids).logits, noisy.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_token_that_is_also_the_padding_is_trained_as_an_input(kind, model_folder):
+    """Embedding layers stop the gradient of the configured padding id, unless they are told not to."""
+    folder = model_folder(kind, pad_token_id=0, tie_word_embeddings=False)
+    model = common.load_policy(folder, None, 8, seed=1)
+    model(torch.tensor([[1, 0, 2]])).logits[0, -1, 3].backward()
+    assert (model.get_input_embeddings().weight.grad[:3].abs().sum(1) > 0).all()
+
+
 def test_mask_ends_behind_the_first_of_several_end_tokens():
     rows = [[5, 9, 3, 0, 1], [9, 0, 9, 9, 9], [1, 2, 3, 4, 5], [1, 2, 3, 4, 0], [0, 1, 2, 3, 4]]
     expected = []
