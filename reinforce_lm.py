@@ -334,6 +334,8 @@ def main(args, checkpoint=None):
     score_responses = partial(
         common.score_responses, common.load_reward(args.reward, train_prompts, eval_prompts), args.reward
     )
+    expected = f"a held-out prompt for each of {world_size} ranks"
+    require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     context_length = max(train_prompts.ids.shape[1], eval_prompts.ids.shape[1]) + args.response_length
     policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code).to(device)
     end_ids = common.end_token_ids(tokenizer, policy)

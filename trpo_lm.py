@@ -491,14 +491,14 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
         curved = product(direction)
         if iteration == 0:
             damping = relative_damping * dot(g, curved) / start
-        curved = curved + damping * direction
+        curved = torch.add(curved, direction, alpha=damping)
         curvature = dot(direction, curved)
         if not 0 < curvature < float("inf"):
             return x, damping, (norm / start) ** 0.5, iteration
-        x += norm / curvature * direction  # (9)
-        residual -= norm / curvature * curved
+        x.add_(direction, alpha=norm / curvature)  # (9)
+        residual.sub_(curved, alpha=norm / curvature)
         old_norm, norm = norm, dot(residual, residual)
-        direction = residual + norm / old_norm * direction
+        direction.mul_(norm / old_norm).add_(residual)
     return x, damping, (norm / start) ** 0.5, iters
 
 
@@ -531,7 +531,7 @@ def line_search(policy, theta, step, predicted_gain, measure, args):
         fraction = args.backtrack_coeff**tried
         set_parameters(policy, theta + fraction * step)
         gain, kl = measure()
-        if kl <= args.max_kl and gain >= args.accept_ratio * fraction * predicted_gain:  # (11); False for NaN
+        if kl <= args.max_kl and args.accept_ratio * fraction * predicted_gain <= gain < float("inf"):  # (11)
             return fraction, gain, kl, tried + 1
     set_parameters(policy, theta)
     return 0.0, 0.0, 0.0, args.backtrack_iters
@@ -541,13 +541,14 @@ def check_fisher_products(product, theta, generator):
     """Raise `InputError` if products of this architecture fail or are not symmetric, v'Fw = w'Fv."""
     v, w = [torch.randn(theta.shape, generator=generator, device=theta.device) for _ in range(2)]
     try:
-        left, right = dot(v, product(w)), dot(w, product(v))
+        fisher_v, fisher_w = product(v), product(w)
     except (RuntimeError, NotImplementedError) as error:
         raise common.InputError(
             f"--model: its layers have no forward-mode derivative, which TRPO needs ({error})"
         ) from None
-    scale = abs(dot(v, product(v)) * dot(w, product(w))) ** 0.5
-    expected = "layers with a forward-mode derivative, whose Fisher products are symmetric"
+    left, right = dot(v, fisher_w), dot(w, fisher_v)
+    scale = abs(dot(v, fisher_v) * dot(w, fisher_w)) ** 0.5
+    expected = "layers whose Fisher products are symmetric"
     require(abs(left - right) <= 1e-3 * scale, "--model", expected, f"v'Fw = {left:.6g} and w'Fv = {right:.6g}")
 
 
@@ -587,6 +588,8 @@ def main(args, checkpoint=None):
     score_responses = partial(
         common.score_responses, common.load_reward(args.reward, train_prompts, eval_prompts), args.reward
     )
+    expected = f"a held-out prompt for each of {world_size} ranks"
+    require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     context_length = max(train_prompts.ids.shape[1], eval_prompts.ids.shape[1]) + args.response_length
     policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code).to(device)
     end_ids = common.end_token_ids(tokenizer, policy)
@@ -741,10 +744,11 @@ def main(args, checkpoint=None):
             check_fisher_products(product, theta, make_generator(device, args.seed))
         x, damping, residual, cg_iters = conjugate_gradient(product, g, args.cg_iters, args.cg_damping, args.cg_tol)
         curvature = fisher_quadratic_form(x, policy, whole, micro_batch_size, exact_args)
+        slope = dot(g, x)
         fraction, gain, kl, tried, predicted_gain = 0.0, 0.0, 0.0, 0, 0.0
-        if 0 < curvature < float("inf"):  # not for a zero or non-finite gradient, whose x is 0
+        if 0 < curvature < float("inf") and 0 < slope < float("inf"):  # a zero or non-finite gradient leaves x at 0
             scale = (2 * args.max_kl / curvature) ** 0.5  # (10)
-            predicted_gain = scale * dot(g, x)
+            predicted_gain = scale * slope
             measure = partial(
                 surrogate_gain_and_kl,
                 policy,

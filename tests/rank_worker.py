@@ -43,7 +43,17 @@ if __name__ == "__main__":
         models = []
         load_policy = common.load_policy
         common.load_policy = lambda *args, **settings: models.append(load_policy(*args, **settings)) or models[-1]
+        script, searches = importlib.import_module(what), []
+        if what == "trpo_lm":  # the step's length, its predicted gain, and what the line search made of them
+            search = script.line_search
+
+            def recording_search(policy, theta, step, predicted_gain, *rest):
+                result = search(policy, theta, step, predicted_gain, *rest)
+                searches.append([step.norm().item(), predicted_gain, *result])
+                return result
+
+            script.line_search = recording_search
         with recorded_gradients(torch.optim.AdamW) as steps:
-            run_main(importlib.import_module(what), "--device", "cpu", *flags)
-        result = {"gradients": steps, "weights": models[0].state_dict()}
+            run_main(script, "--device", "cpu", *flags)
+        result = {"gradients": steps, "weights": models[0].state_dict(), "trpo": searches}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

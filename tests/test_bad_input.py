@@ -7,16 +7,18 @@ import torch
 from conftest import ROOT, run_main, run_script
 
 import common
+import ppo_lm
 import reinforce_lm
+import trpo_lm
 
 GOOD_ROW = {"prompt": "ab", "reference": "ba"}
 
 
-def message_of(capsys, monkeypatch, *flags):
+def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
     """The one line that a bad command prints. Fails if a single response is sampled before."""
     monkeypatch.setattr(common, "rollout", lambda *_, **__: pytest.fail("sampled before the check"))
     with pytest.raises(SystemExit) as stop:
-        run_main(reinforce_lm, "--device", "cpu", *flags)
+        run_main(script, "--device", "cpu", *flags)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -62,6 +64,33 @@ def test_bad_flags(flags, parts, capsys, monkeypatch):
     error = message_of(capsys, monkeypatch, *flags)
     for part in parts:
         assert part in error
+
+
+@pytest.mark.parametrize(
+    "script, flags, part",
+    [
+        (ppo_lm, ["--clip-coef", "0"], "--clip-coef: expected more than 0 and less than 1, found 0.0"),
+        (ppo_lm, ["--clip-coef", "1"], "--clip-coef: expected more than 0 and less than 1, found 1.0"),
+        (ppo_lm, ["--update-epochs", "0"], "--update-epochs: expected a positive number, found 0"),
+        (ppo_lm, ["--num-minibatches", "257"], "--num-minibatches: expected at most the 256 responses of a rank"),
+        (ppo_lm, ["--gae-lambda", "1.5"], "--gae-lambda: expected 0 to 1, found 1.5"),
+        (ppo_lm, ["--target-kl", "-1"], "--target-kl: expected 0 or more, found -1.0"),
+        (ppo_lm, ["--penalty-target", "0"], "--penalty-target: expected a positive number, found 0.0"),
+        (ppo_lm, ["--critic-learning-rate", "0"], "--critic-learning-rate: expected a positive number, found 0.0"),
+        (ppo_lm, ["--surrogate", "square"], "--surrogate"),
+        (trpo_lm, ["--max-kl", "0"], "--max-kl: expected a positive number, found 0.0"),
+        (trpo_lm, ["--cg-iters", "0"], "--cg-iters: expected a positive number, found 0"),
+        (trpo_lm, ["--cg-damping", "-0.1"], "--cg-damping: expected 0 or more, found -0.1"),
+        (trpo_lm, ["--backtrack-coeff", "1"], "--backtrack-coeff: expected more than 0 and less than 1, found 1.0"),
+        (trpo_lm, ["--backtrack-coeff", "0"], "--backtrack-coeff: expected more than 0 and less than 1, found 0.0"),
+        (trpo_lm, ["--fvp-fraction", "0"], "--fvp-fraction: expected more than 0 and at most 1, found 0.0"),
+        (trpo_lm, ["--fvp-fraction", "1.5"], "--fvp-fraction: expected more than 0 and at most 1, found 1.5"),
+        (trpo_lm, ["--accept-ratio", "1"], "--accept-ratio: expected more than 0 and less than 1, found 1.0"),
+        (trpo_lm, ["--truncation", "maybe"], "--truncation"),
+    ],
+)
+def test_bad_flags_of_one_script(script, flags, part, capsys, monkeypatch):
+    assert part in message_of(capsys, monkeypatch, *flags, script=script)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -36,16 +36,28 @@ def run_ranks(world_size, out, *command):
     return [torch.load(f"{out}.{rank}") for rank in range(world_size)]
 
 
+# One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
+WHOLE_BATCH = {
+    "reinforce_lm": [],
+    "ppo_lm": ["--num-minibatches", 1],
+    "trpo_lm": ["--num-minibatches", 1, "--fvp-fraction", 1],
+}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_ranks_take_the_step_of_one(script, tmp_path):
     flags = ["--total-episodes", 64, "--batch-size", 32, "--response-length", 12, "--eval-size", 4, "--save-every", 0]
-    flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--output-dir", tmp_path]
+    flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--output-dir", tmp_path, *WHOLE_BATCH[script]]
     (one,) = run_ranks(1, tmp_path / "one", script, *flags)
     two = run_ranks(2, tmp_path / "two", script, *flags)
     for name, weight in two[0]["weights"].items():
         assert torch.equal(weight, two[1]["weights"][name]), f"ranks differ in {name}"
-    for step, expected in zip(two[0]["gradients"], one["gradients"], strict=True):
-        assert (step - expected).norm() < 1e-5 * expected.norm()
+    first_update = 2 if script == "ppo_lm" else 1  # the critic's step and the policy's
+    for rank in two:
+        for step, expected in zip(rank["gradients"][:first_update], one["gradients"][:first_update], strict=True):
+            assert (step - expected).norm() < 1e-5 * expected.norm()
+    for logged, expected in zip(two[0]["trpo"], one["trpo"], strict=True):
+        assert logged == pytest.approx(expected, rel=1e-3)
 
 
 def test_statistics_over_ranks_one_of_which_has_no_token(tmp_path):

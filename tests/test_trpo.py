@@ -15,6 +15,7 @@ import reinforce_lm
 import trpo_lm
 from trpo_lm import Args
 
+NAN, INF = float("nan"), float("inf")
 SHORT = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--device", "cpu", "--save-every", 0]
 
 
@@ -233,7 +234,7 @@ def test_line_search_restores_bit_for_bit_or_takes_the_first_good_step():
         args = Args(max_kl=0.1, backtrack_coeff=0.5, backtrack_iters=4, accept_ratio=0.1, **flags)
         return trpo_lm.line_search(case.policy, theta, step, 1.0, lambda: tried.append(1) or measure(), args)
 
-    for gain, kl in ((1.0, 0.2), (0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (1.0, float("nan"))):
+    for gain, kl in ((1.0, 0.2), (0.0, 0.0), (-1.0, 0.0), (NAN, 0.0), (1.0, NAN), (INF, 0.0)):
         assert search(lambda gain=gain, kl=kl: (gain, kl)) == (0.0, 0.0, 0.0, 4)
         assert torch.equal(trpo_lm.flatten(case.policy), theta) and len(tried) == 4
     answers = iter([(1.0, 0.11), (0.04, 0.01), (0.03, 0.1)])  # too far; too little for half a step; good
