@@ -228,6 +228,7 @@ def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False)
     if model == "tiny":
         end = tokenizer.eos_token_id
         size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
+        size["activation_function"] = "gelu_pytorch_tanh"  # one kernel, where GPT-2's default is several
         config = GPT2Config(**size, bos_token_id=end, eos_token_id=end, pad_token_id=end)
     else:
         try:

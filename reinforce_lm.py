@@ -97,7 +97,7 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: float = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    total_episodes: int = 128_000
+    total_episodes: int = 102_400
     """responses to train on"""
     batch_size: int = 256
     """responses per iteration, over all ranks"""

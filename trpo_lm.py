@@ -116,7 +116,7 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: float = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    total_episodes: int = 128_000
+    total_episodes: int = 102_400
     """responses to train on"""
     batch_size: int = 256
     """responses per iteration, over all ranks"""
@@ -141,7 +141,7 @@ class Args:
     """delta, the size of the trust region in nats per token"""
     cg_iters: int = 10
     """most iterations of conjugate gradient, each of which costs one Fisher-vector product"""
-    cg_damping: float = 0.1
+    cg_damping: float = 0.03
     """damping, in units of the curvature along the gradient"""
     cg_tol: float = 0.05
     """length of the residual, in units of the gradient's, at which conjugate gradient ends"""
