@@ -181,13 +181,16 @@ def save_checkpoint(run_dir, iteration, state, keep=2):
 
 
 def load_checkpoint(run_dir):
-    """Load the newest checkpoint of `run_dir` onto the CPU; raise `InputError` if there is none."""
+    """Load the newest checkpoint of `run_dir` onto the CPU; raise `InputError` if there is none or it is damaged."""
     paths = sorted(Path(run_dir).glob("checkpoint_*.pt"))
     if not paths:
         raise InputError(
             f"--resume: expected a run directory with a checkpoint_*.pt file, found none in {str(run_dir)!r}"
         )
-    return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)
+    try:
+        return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise InputError(f"--resume: could not read {paths[-1]} ({error})") from None
 
 
 # ===== Tokenisation and models =====

@@ -438,6 +438,7 @@ def main(args, checkpoint=None):
     critic_optimizer = torch.optim.AdamW(
         critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=fused
     )
+    # What a checkpoint holds: these and a few numbers.
     trained = {"policy": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
     needs_logprobs = True  # for the ratio
     numbers = {"kl_coef": args.kl_coef, "penalty_coef": args.penalty_coef}
@@ -466,7 +467,7 @@ def main(args, checkpoint=None):
     progress = tqdm(
         total=num_iterations * args.batch_size,
         initial=(first_iteration - 1) * args.batch_size,
-        unit="episode",
+        unit=" episodes",
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         disable=rank != 0,
     )

@@ -354,6 +354,7 @@ def main(args, checkpoint=None):
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
     )
+    # What a checkpoint holds: these and a few numbers.
     trained = {"policy": policy, "optimizer": optimizer}
     needs_logprobs = reference is not None  # one step per batch needs no ratio, so only the KL asks for them
     numbers = {"kl_coef": args.kl_coef, "ema_baseline": 0.0}
@@ -382,7 +383,7 @@ def main(args, checkpoint=None):
     progress = tqdm(
         total=num_iterations * args.batch_size,
         initial=(first_iteration - 1) * args.batch_size,
-        unit="episode",
+        unit=" episodes",
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         disable=rank != 0,
     )

@@ -48,7 +48,8 @@ It is a network of its own, a copy of the policy's layers with a head of zeros, 
 trunk its gradient would move the policy out of the trust region.
 
 Departures from the paper: damping relative to the curvature along g, so that one value serves models of all sizes; a
-share of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns.
+share of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
+delta that falls to 0 over the run, since steps of a fixed size would never settle.
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a price, there is no policy
 optimizer and no policy learning rate, and one step per batch. The update is in float32 whatever --dtype says, since
 bfloat16 blurs the KL by as much as a trust region. GAE leaves out the gamma^(t-1) that reinforce_lm.py keeps.
@@ -139,6 +140,8 @@ class Args:
     # ===== Arguments (algorithm) =====
     max_kl: float = 0.1
     """delta, the size of the trust region in nats per token"""
+    anneal_max_kl: bool = True
+    """let delta fall linearly to 0"""
     cg_iters: int = 10
     """most iterations of conjugate gradient, each of which costs one Fisher-vector product"""
     cg_damping: float = 0.03
@@ -518,11 +521,11 @@ def surrogate_gain_and_kl(policy, old_parameters, batch, advantages, num_tokens,
     return (all_reduce(sums) / num_tokens).tolist()  # (6)
 
 
-def line_search(policy, theta, step, predicted_gain, measure, args):
+def line_search(policy, theta, step, predicted_gain, measure, max_kl, args):
     """Move the policy to the first of theta + c^j step that keeps the trust region and improves enough.
 
     Args:
-        theta, step: (D,). predicted_gain: of the full step.
+        theta, step: (D,). predicted_gain: of the full step. max_kl: delta.
         measure: function () -> gain and KL of the policy's current parameters.
     Returns:
         fraction (0 if no step passed, and theta is back, bit for bit), gain, kl, steps tried.
@@ -531,7 +534,7 @@ def line_search(policy, theta, step, predicted_gain, measure, args):
         fraction = args.backtrack_coeff**tried
         set_parameters(policy, theta + fraction * step)
         gain, kl = measure()
-        if kl <= args.max_kl and args.accept_ratio * fraction * predicted_gain <= gain < float("inf"):  # (11)
+        if kl <= max_kl and args.accept_ratio * fraction * predicted_gain <= gain < float("inf"):  # (11)
             return fraction, gain, kl, tried + 1
     set_parameters(policy, theta)
     return 0.0, 0.0, 0.0, args.backtrack_iters
@@ -610,6 +613,7 @@ def main(args, checkpoint=None):
     critic_optimizer = torch.optim.AdamW(
         critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=fused
     )
+    # What a checkpoint holds: these and a few numbers.
     trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}
     needs_logprobs = reference is not None  # the update computes its own, in float32, so only the KL asks for them
     exact_args = Args(**{**asdict(args), "dtype": "float32"})  # for the update
@@ -639,7 +643,7 @@ def main(args, checkpoint=None):
     progress = tqdm(
         total=num_iterations * args.batch_size,
         initial=(first_iteration - 1) * args.batch_size,
-        unit="episode",
+        unit=" episodes",
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         disable=rank != 0,
     )
@@ -724,6 +728,8 @@ def main(args, checkpoint=None):
             advantages = whiten(advantages, response_mask)
 
         # ===== [4/5] TRPO update (algorithm) =====
+        remaining = 1 - (iteration - 1) / num_iterations  # of the run
+        max_kl = args.max_kl * (remaining if args.anneal_max_kl else 1)
         num_tokens = all_reduce(response_mask.sum())
         theta = flatten(policy)  # (D,)
         whole = (sequences, attention_mask, response_mask)
@@ -747,7 +753,7 @@ def main(args, checkpoint=None):
         slope = dot(g, x)
         fraction, gain, kl, tried, predicted_gain = 0.0, 0.0, 0.0, 0, 0.0
         if 0 < curvature < float("inf") and 0 < slope < float("inf"):  # a zero or non-finite gradient leaves x at 0
-            scale = (2 * args.max_kl / curvature) ** 0.5  # (10)
+            scale = (2 * max_kl / curvature) ** 0.5  # (10)
             predicted_gain = scale * slope
             measure = partial(
                 surrogate_gain_and_kl,
@@ -759,7 +765,7 @@ def main(args, checkpoint=None):
                 micro_batch_size,
                 exact_args,
             )
-            fraction, gain, kl, tried = line_search(policy, theta, scale * x, predicted_gain, measure, args)
+            fraction, gain, kl, tried = line_search(policy, theta, scale * x, predicted_gain, measure, max_kl, args)
         if rank == 0 and not fraction:
             why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
             tqdm.write(f"  iteration {iteration}: policy not updated, {why}")
@@ -767,7 +773,8 @@ def main(args, checkpoint=None):
             "policy/entropy": masked_mean(entropy, response_mask).item(),
             "policy/sampler_gap": masked_mean((old_logprobs - sampler_logprobs).abs(), response_mask).item(),
             "trpo/kl": kl,
-            "trpo/kl_predicted": fraction**2 * args.max_kl,
+            "trpo/max_kl": max_kl,
+            "trpo/kl_predicted": fraction**2 * max_kl,
             "trpo/surrogate_gain": gain,
             "trpo/surrogate_gain_predicted": fraction * predicted_gain,
             "trpo/cg_residual": residual,
@@ -778,8 +785,7 @@ def main(args, checkpoint=None):
             "trpo/accepted": float(fraction > 0),
         }
 
-        annealed = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
-        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
+        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * (remaining if args.anneal_lr else 1)
         minibatches, losses = [], []
         for epoch in range(args.update_epochs):
             generator = make_generator("cpu", args.seed, iteration, rank, epoch)

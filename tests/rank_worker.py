@@ -1,7 +1,7 @@
-"""One rank of test_ranks.py: `python rank_worker.py SCRIPT OUT FLAGS...` or `python rank_worker.py statistics OUT`.
+"""One rank of test_ranks.py: `python rank_worker.py OUT RUNS_DIR` runs every script and saves what it saw.
 
 Responses are sampled from a generator that depends on the prompt alone, so that they are the same however prompts are
-spread over ranks. Saves the gradients that were stepped with and the weights that came out.
+spread over ranks.
 """
 
 import importlib
@@ -9,11 +9,19 @@ import os
 import sys
 
 import torch
-from conftest import recorded_gradients, run_main
+from conftest import SCRIPTS, recorded_gradients, run_main
 
 import common
+import reinforce_lm
 
-sample = common.rollout
+# One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
+FLAGS = {
+    "reinforce_lm": [],
+    "ppo_lm": ["--num-minibatches", 1],
+    "trpo_lm": ["--num-minibatches", 1, "--fvp-fraction", 1],
+}
+
+sample, load_policy = common.rollout, common.load_policy
 
 
 def rollout_by_prompt(model, prompts, prompt_mask, **settings):
@@ -24,36 +32,40 @@ def rollout_by_prompt(model, prompts, prompt_mask, **settings):
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def statistics(script):
+def statistics():
     """Masked mean and whitening of rows that are spread over the ranks so that the second has no valid token."""
     rank, world_size, _ = common.start_ranks("cpu")
     values = torch.tensor([[1.0, 2.0, 99.0], [4.0, -7.0, 5.0], [7.0, 7.0, 7.0], [8.0, 8.0, 8.0]])
     mask = torch.tensor([[True, True, False], [True, False, True], [False] * 3, [False] * 3])
     mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
-    return {"mean": script.masked_mean(values[mine], mask[mine]), "white": script.whiten(values[mine], mask[mine])}
+    mean, white = reinforce_lm.masked_mean(values[mine], mask[mine]), reinforce_lm.whiten(values[mine], mask[mine])
+    return {"mean": mean, "white": white}
+
+
+def train(name, runs_dir):
+    """Two updates; returns the gradients that were stepped with, the weights, and what TRPO's line search did."""
+    script, models, searches = importlib.import_module(name), [], []
+    common.load_policy = lambda *args, **settings: models.append(load_policy(*args, **settings)) or models[-1]
+    if name == "trpo_lm":
+        search = script.line_search
+
+        def recording_search(policy, theta, step, predicted_gain, *rest):
+            result = search(policy, theta, step, predicted_gain, *rest)
+            searches.append([step.norm().item(), predicted_gain, *result])
+            return result
+
+        script.line_search = recording_search
+    flags = ["--total-episodes", 64, "--batch-size", 32, "--response-length", 12, "--eval-size", 4, "--save-every", 0]
+    flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--device", "cpu", "--output-dir", runs_dir, *FLAGS[name]]
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        run_main(script, *flags)
+    return {"gradients": steps, "weights": models[0].state_dict(), "searches": searches}
 
 
 if __name__ == "__main__":
-    what, out, *flags = sys.argv[1:]
+    out, runs_dir = sys.argv[1:]
     torch.set_num_threads(1)
-    if what == "statistics":
-        result = statistics(importlib.import_module("reinforce_lm"))
-    else:
-        common.rollout = rollout_by_prompt
-        models = []
-        load_policy = common.load_policy
-        common.load_policy = lambda *args, **settings: models.append(load_policy(*args, **settings)) or models[-1]
-        script, searches = importlib.import_module(what), []
-        if what == "trpo_lm":  # the step's length, its predicted gain, and what the line search made of them
-            search = script.line_search
-
-            def recording_search(policy, theta, step, predicted_gain, *rest):
-                result = search(policy, theta, step, predicted_gain, *rest)
-                searches.append([step.norm().item(), predicted_gain, *result])
-                return result
-
-            script.line_search = recording_search
-        with recorded_gradients(torch.optim.AdamW) as steps:
-            run_main(script, "--device", "cpu", *flags)
-        result = {"gradients": steps, "weights": models[0].state_dict(), "trpo": searches}
+    common.rollout = rollout_by_prompt
+    torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
+    result = {"statistics": statistics()} | {name: train(name, runs_dir) for name in SCRIPTS}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

@@ -164,7 +164,9 @@ def test_context_that_is_too_short(model_folder, capsys, monkeypatch):
 
 
 def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch):
-    assert "--resume" in message_of(capsys, monkeypatch, "--resume", tmp_path)
+    assert "--resume: expected a run directory" in message_of(capsys, monkeypatch, "--resume", tmp_path)
+    (tmp_path / "checkpoint_00000001.pt").write_bytes(b"not a checkpoint")
+    assert "--resume: could not read" in message_of(capsys, monkeypatch, "--resume", tmp_path)
 
 
 def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):

@@ -231,8 +231,8 @@ def test_line_search_restores_bit_for_bit_or_takes_the_first_good_step():
 
     def search(measure, **flags):
         tried.clear()
-        args = Args(max_kl=0.1, backtrack_coeff=0.5, backtrack_iters=4, accept_ratio=0.1, **flags)
-        return trpo_lm.line_search(case.policy, theta, step, 1.0, lambda: tried.append(1) or measure(), args)
+        args = Args(backtrack_coeff=0.5, backtrack_iters=4, accept_ratio=0.1, **flags)
+        return trpo_lm.line_search(case.policy, theta, step, 1.0, lambda: tried.append(1) or measure(), 0.1, args)
 
     for gain, kl in ((1.0, 0.2), (0.0, 0.0), (-1.0, 0.0), (NAN, 0.0), (1.0, NAN), (INF, 0.0)):
         assert search(lambda gain=gain, kl=kl: (gain, kl)) == (0.0, 0.0, 0.0, 4)
@@ -296,7 +296,7 @@ def test_every_accepted_step_keeps_the_trust_region_and_gains(tmp_path, monkeypa
         assert logged["trpo/kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
         assert logged["trpo/surrogate_gain"][i] == pytest.approx(gain, rel=1e-3, abs=1e-5)
         if logged["trpo/accepted"][i]:
-            assert 0 < kl <= 0.02 * (1 + 1e-4) and gain > 0
+            assert 0 < kl <= 0.02 * (1 - i / 12) * (1 + 1e-4) and gain > 0
             assert logged["trpo/step_fraction"][i] > 0
         else:
             assert torch.equal(update["theta"], update["new"])
@@ -335,6 +335,16 @@ def test_products_that_are_not_symmetric_are_refused_at_the_start(tmp_path, monk
     with pytest.raises(SystemExit) as stop:
         trpo_run(tmp_path, "--total-episodes", 64)
     assert stop.value.code == 2 and "error: --model: expected layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
+def test_the_predicted_kl_is_honest_whatever_share_of_the_batch_is_in_the_products(fraction, tmp_path):
+    flags = ["--total-episodes", 64 * 3, "--batch-size", 64, "--max-kl", 1e-4, "--response-length", 12]
+    logged = trpo_run(tmp_path, *flags, "--fvp-fraction", fraction)
+    assert logged["trpo/accepted"] == [1.0] * 3
+    assert logged["trpo/max_kl"] == pytest.approx([1e-4, 1e-4 * 2 / 3, 1e-4 / 3])
+    for kl, predicted in zip(logged["trpo/kl"], logged["trpo/kl_predicted"]):
+        assert kl == pytest.approx(predicted, rel=0.1)
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path):
