@@ -118,6 +118,13 @@ def test_the_diff_is_the_algorithm(first, second, at_least):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_the_readme_counts_the_lines(script):
+    table = README.split("## Which script do I copy?")[1]
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{script}.py` |"))
+    assert f"| {len(SOURCES[script].splitlines())} |" in row
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_one_word_per_concept(script):
     for source in (SOURCES[script], (ROOT / "common.py").read_text()):
         assert not re.findall(r"\b(query|queries|completions?|log_probs?|logps?)\b", source)
