@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,7 +61,7 @@ def one_line_errors():
     try:
         yield
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)  # below an open progress bar
         sys.exit(2)
 
 
@@ -334,11 +335,11 @@ NUM_SORT_PROMPTS = 2**15
 
 def _read_jsonl(path, flag):
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag}: could not read {path} ({error})") from None
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n") if text else [], start=1):  # JSON may hold other line separators
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -406,7 +407,7 @@ def rename_columns(rows, names, prompt_column, reference_column):
         new_row = {column: row[column] for column in row if column not in (prompt_column, reference_column)}
         if reference_column in row:
             new_row["reference"] = row[reference_column]
-        renamed.append({"prompt": prompt, **new_row})
+        renamed.append({**new_row, "prompt": prompt})
     return renamed
 
 
@@ -433,10 +434,15 @@ def encode_prompts(tokenizer, rows, names, prompt_length):
         )
     else:
         template = dict(add_generation_prompt=True, return_dict=False)
-        encoded = [
-            tokenizer(t).input_ids if isinstance(t, str) else tokenizer.apply_chat_template(t, **template)
-            for t in texts
-        ]
+        encoded = []
+        for text, name in zip(texts, names):
+            try:
+                is_text = isinstance(text, str)
+                encoded.append(
+                    tokenizer(text).input_ids if is_text else tokenizer.apply_chat_template(text, **template)
+                )
+            except Exception as error:  # a role that the template does not take, say
+                raise InputError(f"{name}: expected messages for the chat template, found {text!r} ({error})") from None
     for tokens, name in zip(encoded, names):
         require(
             0 < len(tokens) <= prompt_length, f"--prompt-length ({name})", f"1 to {prompt_length} tokens", len(tokens)
@@ -557,7 +563,7 @@ def rollout(
             responses[:, t] = tokens[:, 0]
             logprobs[:, t] = step_logprobs.gather(1, tokens)[:, 0]
             ended |= torch.isin(tokens[:, 0], end_tensor)
-            # Asking whether all have ended waits for the GPU, so there it is asked only now and then.
+            # Asking whether all have ended waits for the GPU, so there it is asked only every 16 tokens.
             if t + 1 == response_length or ((t % 16 == 15 or chunk.device.type == "cpu") and ended.all()):
                 break
             logits = model(
@@ -628,8 +634,8 @@ def load_reward(name, *prompt_sets):
         reward_fn = REWARDS[name]
     elif path.endswith(".py"):
         require(os.path.isfile(path), "--reward", "an existing file", path)
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -639,14 +645,20 @@ def load_reward(name, *prompt_sets):
     else:
         raise InputError(f"--reward: expected one of {', '.join(REWARDS)} or FILE.py:function, found {name!r}")
     for prompts in prompt_sets:
+        for row, row_name in zip(prompts.rows, prompts.names):
+            is_text = isinstance(row.get("reference", ""), (str, int, float))
+            require(
+                is_text or name not in REWARDS,
+                f"--reward {name} ({row_name})",
+                "a text reference",
+                row.get("reference"),
+            )
         columns = [column for column in prompts.rows[0] if column != "prompt"]
         try:
             inspect.signature(reward_fn).bind([], [], **{column: [] for column in columns})
-        except TypeError as error:
-            takes = f"{name}{inspect.signature(reward_fn)}"
-            raise InputError(
-                f"--reward: expected a function that takes the columns {columns}, found {takes} ({error})"
-            ) from None
+        except (TypeError, ValueError) as error:
+            expected = f"a function (prompts, responses, **columns) that takes the columns {columns}"
+            raise InputError(f"--reward: expected {expected}, found {name} ({error})") from None
     return reward_fn
 
 

@@ -1,8 +1,9 @@
-"""REINFORCE for language models, in one file. Copy it with common.py into your project; there is nothing to install.
+"""REINFORCE for language models, in one file. Copy it with common.py into your project.
 
     python reinforce_lm.py                                      # laptop CPU, a minute: learns to sort digits
-    python reinforce_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function --dtype bfloat16    # a GPU
-    torchrun --nproc-per-node 8 reinforce_lm.py --model DIR --dataset FILE.jsonl ...                      # eight GPUs
+    python reinforce_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function --response-length 256 \\
+        --learning-rate 1e-6 --dtype bfloat16 --micro-batch-size 16                      # a pretrained model on a GPU
+    torchrun --nproc-per-node 8 reinforce_lm.py --model DIR ...                                   # and on eight GPUs
 
 Generating text is a Markov decision process. The state s_t is the prompt and the tokens so far, the action a_t is the
 next token, the policy pi is the language model, and an end token is an action like any other. A response a_1 ... a_T
@@ -35,7 +36,8 @@ the place of plain gradient ascent, and advantages may be divided by their devia
 length of g and not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no critic, and
 gamma^(t-1) stays in (4), where most code drops it.
 
-Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
+Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
+V vocabulary.
 """
 
 # ===== Imports (shared by all three scripts) =====
@@ -218,10 +220,11 @@ def all_reduce_gradients(parameters):
     """Sum the gradients of all ranks in place. Losses are divided by counts over all ranks, so no mean is taken."""
     if dist.is_initialized():
         for parameter in parameters:
-            dist.all_reduce(parameter.grad)
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
 
 
-# Flags that a resumed run may change: they bound memory, say where and when to write, or where to stop.
+# Flags that a resumed run may change: they bound memory, or say where and when to write.
 CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
 
 
@@ -234,7 +237,10 @@ def check_args(args, world_size):
     for name in ("temperature", "kl_horizon"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     require(0 < args.gamma <= 1, "--gamma", "more than 0 and at most 1", args.gamma)
+    require(args.seed >= 0, "--seed", "0 or more", args.seed)
     require(args.kl_coef or not args.kl_target, "--kl-target", "a positive --kl-coef to adapt", args.kl_coef)
+    expected = f"more than a fifth of --batch-size ({args.batch_size}), or beta could become negative"
+    require(not args.kl_target or 5 * args.kl_horizon > args.batch_size, "--kl-horizon", expected, args.kl_horizon)
     require(args.total_episodes >= args.batch_size, "--total-episodes", "at least --batch-size", args.total_episodes)
     k, per_rank = args.samples_per_prompt, args.batch_size // world_size
     multiple = f"a multiple of --samples-per-prompt times ranks ({k} x {world_size})"
@@ -248,9 +254,14 @@ def check_args(args, world_size):
 def check_resume(args, checkpoint, script):
     """Raise `InputError` if the checkpoint is another script's or a flag differs that makes it another run."""
     require(checkpoint["script"] == script, "--resume", f"a run of {script}", checkpoint["script"])
-    changeable = CHANGEABLE | (set() if args.anneal_lr else {"total_episodes"})
+    is_annealed = any(value for name, value in asdict(args).items() if name.startswith("anneal"))
+    changeable = CHANGEABLE | (set() if is_annealed else {"total_episodes"})
+    done = checkpoint["iteration"] * args.batch_size
+    require(
+        args.total_episodes >= done, "--total-episodes", f"at least the {done} of {args.resume}", args.total_episodes
+    )
     for name, value in asdict(args).items():
-        saved = checkpoint["args"][name]
+        saved = checkpoint["args"].get(name)
         require(value == saved or name in changeable, flag(name), f"{saved!r} as in {args.resume}", value)
 
 
@@ -312,9 +323,15 @@ def main(args, checkpoint=None):
     start_time = time.time()
     script = Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)
-    check_args(args, world_size)
     if checkpoint:
+        ranks = checkpoint["world_size"]
+        require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
         check_resume(args, checkpoint, script)
+    check_args(args, world_size)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.InputError(f"--output-dir: expected a folder that can be written ({error})") from None
     local_batch_size = args.batch_size // world_size  # responses on this rank
     local_prompts = local_batch_size // args.samples_per_prompt
     micro_batch_size = args.micro_batch_size or local_batch_size
@@ -407,8 +424,8 @@ def main(args, checkpoint=None):
                 tqdm.write(f"  {common.shorten(row['prompt'])} -> {common.shorten(text)}  score {score:.3f}")
         return means
 
-    if first_iteration == 1:
-        results = evaluate(0)
+    if first_iteration in (1, num_iterations + 1):  # before the first update, or for a run that had made its last
+        results = evaluate(first_iteration - 1)
     for iteration in range(first_iteration, num_iterations + 1):
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_time = time.time()
@@ -441,16 +458,16 @@ def main(args, checkpoint=None):
         logprobs = score_sequences(policy) if needs_logprobs else sampler_logprobs  # (B, R)
         ref_logprobs = score_sequences(reference) if reference is not None else logprobs  # (B, R)
         rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, numbers["kl_coef"])  # (B, R)
-        kl_ref = mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()  # nats per response
         metrics = {
             "objective/score": mean(scores).item(),
-            "objective/kl_ref": kl_ref,
-            "objective/kl_coef": numbers["kl_coef"],
             "objective/return": mean(rewards.sum(1)).item(),
             "objective/response_length": mean(response_mask.sum(1).float()).item(),
             "objective/ended": mean(common.has_ended(responses, end_ids).float()).item(),
         }
-        numbers["kl_coef"] = adapt_kl_coef(numbers["kl_coef"], kl_ref, args.batch_size, args)
+        if reference is not None:
+            kl_ref = mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()  # nats per response
+            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": numbers["kl_coef"]}
+            numbers["kl_coef"] = adapt_kl_coef(numbers["kl_coef"], kl_ref, args.batch_size, args)
 
         # ===== [3/5] Returns and baseline (algorithm) =====
         returns = discounted_returns(rewards, args.gamma)  # (B, R)
@@ -482,6 +499,7 @@ def main(args, checkpoint=None):
             losses.append(loss.detach())
             entropies.append(token_entropy(logits.detach()))
             new_logprobs.append(micro_logprobs.detach())
+            del logits  # (b, R, V), before the next micro-batch makes its own
         all_reduce_gradients(policy.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
@@ -507,7 +525,7 @@ def main(args, checkpoint=None):
                 writer.add_scalar(name, value, episode)
             progress.update(args.batch_size)
             progress.set_postfix_str(
-                f"score {metrics['objective/score']:.3f}, KL {kl_ref:.2f}, "
+                f"score {metrics['objective/score']:.3f}, KL {metrics.get('objective/kl_ref', float('nan')):.2f}, "
                 f"{metrics['time/tokens_per_second']:.0f} tokens/s"
             )
         is_last = iteration == num_iterations
@@ -515,7 +533,8 @@ def main(args, checkpoint=None):
             results = evaluate(iteration)
         if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
             state = {name: part.state_dict() for name, part in trained.items()}
-            state |= {"script": script, "args": asdict(args), "iteration": iteration, "numbers": numbers}
+            state |= {"script": script, "args": asdict(args), "world_size": world_size}
+            state |= {"iteration": iteration, "numbers": numbers}
             state["seconds"] = earlier_seconds + time.time() - start_time
             common.save_checkpoint(run_dir, iteration, state)
 

@@ -19,6 +19,18 @@ import common
 SCRIPTS = ["reinforce_lm", "ppo_lm", "trpo_lm"]
 
 
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch):
+    """A smaller `sort`, which is quicker to make, for the runs in this process."""
+    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**12)
+
+
+def error_line(capsys):
+    """The line on standard error that tells the user what is wrong; a progress bar may stand around it."""
+    (line,) = [text for text in capsys.readouterr().err.replace("\r", "\n").splitlines() if text.startswith("error: ")]
+    return line
+
+
 def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
     """A causal language model with loud random weights, so that its distribution is far from uniform."""
     if kind == "gpt2":

@@ -57,6 +57,9 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--kl-coef", "-0.1"], ["--kl-coef", "0 or more", "-0.1"]),
         (["--kl-coef", "0", "--kl-target", "6"], ["--kl-target", "--kl-coef", "0"]),
         (["--eval-size", "0"], ["--eval-size", "a positive number", "0"]),
+        (["--seed", "-1"], ["--seed", "0 or more", "-1"]),
+        (["--kl-target", "6", "--kl-horizon", "50"], ["--kl-horizon", "50"]),
+        (["--output-dir", "/dev/null/runs"], ["--output-dir"]),
         (["--device", "tpu"], ["--device", "auto, cpu or cuda", "tpu"]),
     ],
 )
@@ -111,6 +114,8 @@ def lines(*rows):
         (lines(GOOD_ROW, {"reference": "b"}), [], ["--prompt-column", "line 2", "'prompt'"]),
         (lines(GOOD_ROW, {"prompt": "b"}), [], ["--reference-column", "line 2", "'reference'"]),
         (lines(GOOD_ROW, GOOD_ROW | {"more": 1}), [], ["line 2", "more"]),
+        (lines(GOOD_ROW, {"prompt": "b", "reference": None}), [], ["--reward", "line 2", "None"]),
+        (lines({"prompt": "a", "q": ""}), ["--prompt-column", "q"], ["line 1", "not empty"]),
         (lines(GOOD_ROW), ["--prompt-column", "question"], ["--prompt-column", "line 1", "'question'"]),
         (lines(GOOD_ROW), ["--reference-column", "answer"], ["--reference-column", "line 1", "'answer'"]),
         (lines(GOOD_ROW, GOOD_ROW | {"prompt": ""}), [], ["line 2", "not empty"]),

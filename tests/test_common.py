@@ -58,6 +58,9 @@ def test_chat_prompts_go_through_the_template():
     assert texts == ["<ab><b><ba>!", "ab"]
     with pytest.raises(InputError, match="chat template"):
         encode([{"prompt": CHAT}])
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(InputError, match="row 2: expected messages for the chat template.*no system role"):
+        encode([{"prompt": "ab"}, {"prompt": CHAT}], tokenizer=tokenizer)
 
 
 def test_end_tokens_come_from_tokenizer_and_generation_config():
@@ -84,7 +87,8 @@ def write_rows(path, rows):
     return path
 
 
-def test_sort_prompts_are_disjoint_and_their_references_sorted():
+def test_sort_prompts_are_disjoint_and_their_references_sorted(monkeypatch):
+    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)
     _, train, held_out = load("sort", eval_size=512)
     assert len(held_out.rows) == 512 and len(train.rows) > 30_000
     prompts = [row["prompt"] for row in train.rows + held_out.rows]
@@ -106,6 +110,13 @@ def test_jsonl_columns_and_split(tmp_path):
     eval_path = write_rows(tmp_path / "eval.jsonl", rows[:20])
     _, train, held_out = load(path, eval_path, prompt_column="question", reference_column="answer")
     assert len(train.rows) == 50 and [row["reference"] for row in held_out.rows] == list(range(8))
+
+
+def test_columns_that_are_chosen_win_and_other_line_separators_are_text(tmp_path):
+    rows = [{"prompt": "old", "q": f"a\u2028b{i}", "reference": "x", "answer": "y"} for i in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _, train, _ = load(tmp_path / "data.jsonl", prompt_column="q", reference_column="answer")
+    assert all(row["prompt"].startswith("a\u2028b") and row["reference"] == "y" for row in train.rows)
 
 
 def test_hub_names_go_to_the_datasets_package(monkeypatch):

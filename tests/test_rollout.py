@@ -1,4 +1,4 @@
-"""Rollout, masks, padding and scored log-probabilities: rules 1 to 5 of the README's table of details."""
+"""Rollout, masks, padding and scored log-probabilities: against plain forward passes of single prompts."""
 
 import json
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, run_main, run_script
+from conftest import ROOT, SCRIPTS, error_line, run_main, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,7 +125,8 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path, capsys):
+def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)  # as in the process that is killed
     flags = ["--total-episodes", 640, "--batch-size", 32, "--save-every", 3, "--eval-every", 10, "--eval-size", 16]
     flags += ["--kl-target", 0.5]
     module = importlib.import_module(script)
@@ -169,7 +170,8 @@ def test_bfloat16_sampler_follows_the_policy(script, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_policy", lambda *args: policies.append(load_policy(*args)) or policies[-1])
     monkeypatch.setattr(common, "rollout", checking_rollout)
     flags = ["--dtype", "bfloat16", "--batch-size", 32, "--eval-size", 4, "--save-every", 1]
-    run_main(module, *flags, "--total-episodes", 64, "--no-anneal-lr", "--output-dir", tmp_path)
+    flags += ["--no-anneal-lr", *(["--no-anneal-max-kl"] if script == "trpo_lm" else [])]
+    run_main(module, *flags, "--total-episodes", 64, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()
     run_main(module, "--resume", run_dir, "--total-episodes", 96)
     assert len(gaps) > 100 and max(gaps) == 0.0
@@ -208,8 +210,14 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys):
     assert "--seed" in error_of("--seed", 2) and "--reward" in error_of("--reward", "exact")
     run_main(reinforce_lm, "--resume", run_dir, "--total-episodes", 96, "--eval-every", 1, "--micro-batch-size", 8)
     assert common.load_checkpoint(run_dir)["iteration"] == 3
+    capsys.readouterr()
+    run_main(reinforce_lm, "--resume", run_dir)  # a run that had ended is evaluated and saved again
+    assert final_line(capsys.readouterr().out)["episodes"] == "96"
+    assert "--total-episodes: expected at least the 96" in error_of("--total-episodes", 64)
     path = sorted(run_dir.glob("checkpoint_*.pt"))[-1]
-    torch.save(torch.load(path) | {"script": "other_lm"}, path)
+    torch.save(torch.load(path) | {"world_size": 2}, path)
+    assert "--resume: expected the 2 ranks" in error_of()
+    torch.save(torch.load(path) | {"script": "other_lm", "world_size": 1}, path)
     assert "--resume: expected a run of reinforce_lm, found 'other_lm'" in error_of()
 
 
@@ -227,8 +235,8 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         run_main(reinforce_lm, *flags)
     (run_dir,) = tmp_path.iterdir()
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "error: --save-every" in error and f"--resume {run_dir}" in error
+    error = error_line(capsys)
+    assert stop.value.code == 2 and error.startswith("error: --save-every") and f"--resume {run_dir}" in error
     monkeypatch.setattr(torch, "save", torch_save)
     assert common.load_checkpoint(run_dir)["iteration"] == 1
     run_main(reinforce_lm, "--resume", run_dir)
@@ -245,9 +253,9 @@ def test_broken_reward_stops_the_run_in_one_line(tmp_path, capsys):
     flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path / "runs"]
     with pytest.raises(SystemExit) as stop:
         run_main(reinforce_lm, *flags, "--reward", f"{tmp_path}/mine.py:fn")
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = error_line(capsys)
     assert stop.value.code == 2
-    assert f"error: --reward {tmp_path}/mine.py:fn, iteration 2, sort line" in error.replace("sort row", "sort line")
+    assert error.startswith(f"error: --reward {tmp_path}/mine.py:fn, iteration 2, sort row")
     assert "expected a finite number, found nan" in error
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_main, tiny_model
+from conftest import error_line, run_main, tiny_model
 from test_reinforce import MASK, SCORES, Enumerated
 from test_runs import scalars
 
@@ -334,7 +334,7 @@ def test_products_that_are_not_symmetric_are_refused_at_the_start(tmp_path, monk
     monkeypatch.setattr(trpo_lm, "fisher_vector_product", lossy)
     with pytest.raises(SystemExit) as stop:
         trpo_run(tmp_path, "--total-episodes", 64)
-    assert stop.value.code == 2 and "error: --model: expected layers" in capsys.readouterr().err
+    assert stop.value.code == 2 and error_line(capsys).startswith("error: --model: expected layers")
 
 
 @pytest.mark.parametrize("fraction", [0.1, 1.0])
