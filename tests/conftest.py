@@ -27,7 +27,8 @@ def few_prompts(monkeypatch):
 
 def error_line(capsys):
     """The line on standard error that tells the user what is wrong; a progress bar may stand around it."""
-    (line,) = [text for text in capsys.readouterr().err.replace("\r", "\n").splitlines() if text.startswith("error: ")]
+    printed = capsys.readouterr().err.replace("\r", "\n").replace("\x1b[A", "\n")  # bars move the cursor
+    (line,) = [text for text in printed.splitlines() if text.startswith("error: ")]
     return line
 
 
