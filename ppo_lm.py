@@ -282,9 +282,11 @@ def check_args(args, world_size):
     check_algorithm_args(args, per_rank)
 
 
-def check_resume(args, checkpoint, script):
-    """Raise `InputError` if the checkpoint is another script's or a flag differs that makes it another run."""
+def check_resume(args, checkpoint, script, world_size):
+    """Raise `InputError` if the checkpoint is another script's, or a flag or the ranks make it another run."""
     require(checkpoint["script"] == script, "--resume", f"a run of {script}", checkpoint["script"])
+    ranks = checkpoint["world_size"]
+    require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
     is_annealed = any(value for name, value in asdict(args).items() if name.startswith("anneal"))
     changeable = CHANGEABLE | (set() if is_annealed else {"total_episodes"})
     done = checkpoint["iteration"] * args.batch_size
@@ -403,9 +405,7 @@ def main(args, checkpoint=None):
     script = Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)
     if checkpoint:
-        ranks = checkpoint["world_size"]
-        require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
-        check_resume(args, checkpoint, script)
+        check_resume(args, checkpoint, script, world_size)
     check_args(args, world_size)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -627,7 +627,6 @@ def main(args, checkpoint=None):
         averages = torch.stack(history).mean(0).tolist()
         logratio = (score_sequences(policy) - logprobs).where(response_mask, 0.0)  # (B, R), after the update
         ratio = logratio.exp()  # (B, R)
-        is_clipped = torch.where(advantages > 0, ratio > 1 + clip_coef_high, ratio < 1 - args.clip_coef)  # (B, R)
         metrics |= {
             "loss/policy": averages[0],
             "loss/value": averages[1],
@@ -640,6 +639,7 @@ def main(args, checkpoint=None):
             "policy/learning_rate": optimizer.param_groups[0]["lr"],
         }
         if args.surrogate == "clip":
+            is_clipped = torch.where(advantages > 0, ratio > 1 + clip_coef_high, ratio < 1 - args.clip_coef)  # (B, R)
             metrics["policy/clipfrac"] = masked_mean(is_clipped.float(), response_mask).item()
         else:
             kl = batched_kl(old_policy, policy, sequences, attention_mask, micro_batch_size, args)  # (B, R)

@@ -251,9 +251,11 @@ def check_args(args, world_size):
     check_algorithm_args(args, per_rank)
 
 
-def check_resume(args, checkpoint, script):
-    """Raise `InputError` if the checkpoint is another script's or a flag differs that makes it another run."""
+def check_resume(args, checkpoint, script, world_size):
+    """Raise `InputError` if the checkpoint is another script's, or a flag or the ranks make it another run."""
     require(checkpoint["script"] == script, "--resume", f"a run of {script}", checkpoint["script"])
+    ranks = checkpoint["world_size"]
+    require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
     is_annealed = any(value for name, value in asdict(args).items() if name.startswith("anneal"))
     changeable = CHANGEABLE | (set() if is_annealed else {"total_episodes"})
     done = checkpoint["iteration"] * args.batch_size
@@ -324,9 +326,7 @@ def main(args, checkpoint=None):
     script = Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)
     if checkpoint:
-        ranks = checkpoint["world_size"]
-        require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
-        check_resume(args, checkpoint, script)
+        check_resume(args, checkpoint, script, world_size)
     check_args(args, world_size)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run_main, run_script
+from conftest import run_main, run_script
 
 import common
 import ppo_lm
@@ -175,6 +175,6 @@ def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch
 
 
 def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):
-    result = run_script("reinforce_lm", "--reward", "nothing", cwd=ROOT, check=False)
+    result = run_script("reinforce_lm", "--reward", "nothing", "--output-dir", tmp_path, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: --reward")
     assert result.stdout == ""
