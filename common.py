@@ -14,6 +14,7 @@ any other, and is made once, by the rollout. Nothing compares ids with the paddi
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import inspect
 import io
@@ -32,14 +33,19 @@ import torch
 import torch.distributed as dist
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     PreTrainedTokenizerFast,
+    StaticCache,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 # ===== Command line: every mistake of the user is one line on standard error and exit code 2 =====
@@ -118,7 +124,9 @@ def start_ranks(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        require(local_rank < gpus, "--nproc-per-node", f"at most the {gpus} GPUs of this machine", f"rank {local_rank}")
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
@@ -139,7 +147,8 @@ def make_generator(device, *key):
 
     Randomness is a function of (seed, iteration, rank), never of what ran before: a resumed run draws the same numbers.
     """
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    # The length of the key counts, or (1, 2) and (1, 2, 0) would be one stream.
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
 def prompt_indices(num_prompts, start, count, seed):
@@ -267,6 +276,26 @@ def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False)
     return policy.eval()
 
 
+def checkpoint_activations(model):
+    """Make the layers of `model` keep only their inputs for a backward pass, which computes the rest again.
+
+    Without gradients, as in sampling, nothing changes. Copies of the model have to be made before.
+
+    Raises:
+        InputError: if the layers are not marked as layers that can be run again.
+    """
+
+    def run(forward, *inputs, **settings):
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **settings)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **settings)
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    require(layers, "--activation-checkpointing", "a model whose layers transformers can checkpoint", type(model))
+    for layer in layers:
+        layer.forward = functools.partial(run, layer.forward)
+
+
 def bfloat16_copy(model):
     """A copy of `model` with bfloat16 parameters, for sampling; buffers (rotary frequencies) keep theirs."""
     model = copy.deepcopy(model)
@@ -307,6 +336,51 @@ def position_ids(attention_mask):
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def full_precision(logits):
+    """bfloat16 -> float32; anything else stays as it is."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+
+class TokenStatistics(torch.autograd.Function):
+    """Log-probability of each token and entropy of its distribution: logits (b, R, V), tokens (b, R) -> two (b, R).
+
+    Autograd would keep several (b, R, V) tensors for the backward pass. This keeps the logits alone, in the precision
+    that they come in, and computes in float32 by pieces of a few rows.
+    """
+
+    @staticmethod
+    def pieces(*tensors):
+        """Pieces of tensors (b, R, ...) along their b * R rows, the first of which, the logits, in full precision."""
+        rows = max(1, 2**22 // tensors[0].shape[-1])
+        for logits, *rest in zip(*[tensor.flatten(0, 1).split(rows) for tensor in tensors]):
+            yield full_precision(logits), *rest
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        ctx.save_for_backward(logits, tokens)
+        logprobs, entropy = [], []
+        for z, token in TokenStatistics.pieces(logits, tokens):
+            log_p = z.log_softmax(-1)  # (n, V)
+            logprobs.append(log_p.gather(1, token[:, None])[:, 0])
+            entropy.append(-(log_p.exp() * log_p).sum(-1))
+        return torch.cat(logprobs).view_as(tokens), torch.cat(entropy).view_as(tokens)
+
+    @staticmethod
+    def backward(ctx, logprob_gradient, entropy_gradient):
+        gradients, inputs = [], (*ctx.saved_tensors, logprob_gradient[..., None], entropy_gradient[..., None])
+        for z, token, g_logprob, g_entropy in TokenStatistics.pieces(*inputs):
+            log_p = z.log_softmax(-1)  # (n, V)
+            p = log_p.exp()  # (n, V)
+            entropy = -(p * log_p).sum(-1, keepdim=True)  # (n, 1)
+            gradient = -p * (g_logprob + g_entropy * (log_p + entropy))  # (n, V)
+            gradient.scatter_add_(1, token[:, None], g_logprob)
+            gradients.append(gradient.to(inputs[0].dtype))
+        return torch.cat(gradients).view_as(inputs[0]), None
+
+
+token_statistics = TokenStatistics.apply
+
+
 # ===== Prompts =====
 
 
@@ -324,10 +398,10 @@ class Prompts:
     mask: torch.Tensor
 
     def select(self, indices):
-        """The prompts at `indices` (a list of integers), in that order."""
-        return Prompts(
-            [self.rows[i] for i in indices], [self.names[i] for i in indices], self.ids[indices], self.mask[indices]
-        )
+        """The prompts at `indices` (a list of integers), in that order, padded to the longest of them."""
+        rows, names = [self.rows[i] for i in indices], [self.names[i] for i in indices]
+        length = self.mask[indices].sum(1).max() if indices else 0
+        return Prompts(rows, names, self.ids[indices, -length:], self.mask[indices, -length:])
 
 
 NUM_SORT_PROMPTS = 2**15
@@ -505,7 +579,97 @@ def has_ended(responses, end_ids):
     return torch.isin(responses, torch.tensor(end_ids, device=responses.device)).any(1)
 
 
+class Decoder:
+    """Runs a model over prompts and then over one more token of each response at a time.
+
+    On the CPU the cache of keys and values grows. On CUDA it has its final size from the start, so that the pass of one
+    token is the same work each time: it is captured once as a graph and replayed, since launching its kernels one by
+    one takes longer than running them.
+    """
+
+    def __init__(self, model, prompts, prompt_mask, samples_per_prompt, response_length, fixed_size):
+        """Run the prompts, once for all their samples. `self.logits` (b, V) are those of the first response token.
+
+        Args:
+            prompts, prompt_mask: (n, P).
+            fixed_size: preallocate the cache, if the model has attention over all positions and nothing else.
+        Raises:
+            InputError: if the model has another kind of cache, or none.
+        """
+        room = torch.ones((len(prompts), response_length), dtype=torch.bool, device=prompts.device)
+        self.model, self.length = model, prompts.shape[1]
+        self.attention_mask = torch.cat([prompt_mask, room], 1).long()  # (n, P+R)
+        cache = StaticCache(config=model.config, max_cache_len=self.length + response_length) if fixed_size else None
+        # Sliding windows count positions outside of tensors, where a captured graph would not see them move.
+        self.fixed_size = fixed_size and all(type(layer) is StaticLayer for layer in cache.layers)
+        self.captures, self.graph = self.fixed_size and prompts.device.type == "cuda", None
+        output = model(
+            prompts,
+            attention_mask=self.attention_mask if self.fixed_size else self.attention_mask[:, : self.length],
+            position_ids=position_ids(prompt_mask),
+            past_key_values=cache if self.fixed_size else None,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = getattr(output, "past_key_values", None)
+        kinds = {type(layer) for layer in getattr(self.cache, "layers", [None])}
+        known = kinds <= {StaticLayer, DynamicLayer, DynamicSlidingWindowLayer}  # those that `select` knows
+        require(known, "--model", "a cache of keys and values and nothing else", f"{type(model).__name__}'s {kinds}")
+        self.logits, self.positions = output.logits[:, -1], position_ids(prompt_mask)[:, -1:]  # (n, V), (n, 1)
+        self.tokens = torch.zeros_like(self.positions)  # (n, 1)
+        self.select(torch.arange(len(prompts), device=prompts.device).repeat_interleave(samples_per_prompt))
+
+    def select(self, rows):
+        """Go on with these rows alone, a tensor of indices, which may repeat."""
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for name in ("logits", "tokens", "positions", "attention_mask"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.graph = None
+
+    def step(self, tokens):
+        """Append a token (b, 1) to each row. `self.logits` (b, V) are then those of the next."""
+        self.tokens.copy_(tokens)
+        self.positions += 1
+        self.length += 1
+        if not self.captures:
+            self.logits = self.forward()
+            return
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()  # writes to self.logits
+
+    def forward(self):
+        """The pass of one token, over tensors that keep their place."""
+        return self.model(
+            self.tokens,
+            attention_mask=self.attention_mask if self.fixed_size else self.attention_mask[:, : self.length],
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def capture(self):
+        """Record the kernels of `forward` as a CUDA graph."""
+        lengths = [layer.cumulative_length.clone() for layer in self.cache.layers]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                self.forward()  # libraries allocate their workspaces in the first pass
+            torch.cuda.current_stream().wait_stream(stream)
+            for layer, length in zip(self.cache.layers, lengths):
+                layer.cumulative_length.copy_(length)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+                self.logits = self.forward()
+        except RuntimeError as error:
+            raise InputError(f"--cuda-graph: this model needs --no-cuda-graph ({error})") from None
+
+
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # each length would be compiled anew
 def rollout(
     model,
     prompts,
@@ -517,8 +681,9 @@ def rollout(
     generator=None,
     rollout_batch_size=0,
     greedy=False,
+    cuda_graph=True,
 ):
-    """Sample responses token by token, over a cache of keys and values.
+    """Sample responses token by token.
 
     Tokens come from softmax(logits / temperature) and nothing else: no top-k, top-p or repetition penalty, whatever the
     checkpoint's generation_config.json says, so that the sampled distribution is the one whose gradient is taken.
@@ -529,54 +694,50 @@ def rollout(
         end_ids: ids that end a response; the end token belongs to the response.
         rollout_batch_size: responses sampled at once, a multiple of samples_per_prompt; 0 for all. Bounds memory.
         greedy: take the most likely token instead of sampling.
+        cuda_graph: on CUDA, whether to use `Decoder`'s cache of fixed size and its graph.
     Returns:
         responses: (N * samples_per_prompt, R) ids, samples of one prompt next to each other, `PAD_ID` after the end.
         response_mask: the same shape, True up to and including the first end token.
         logprobs: the same shape, the sampler's log-probabilities of the tokens, 0 after the end.
+    Raises:
+        InputError: if logits are not finite.
     """
     prompts_at_once = max(1, rollout_batch_size // samples_per_prompt) if rollout_batch_size else len(prompts)
     end_tensor = torch.tensor(end_ids, device=prompts.device)
+    on_cuda = prompts.device.type == "cuda"
     chunks = []
     for chunk, chunk_mask in zip(prompts.split(prompts_at_once), prompt_mask.split(prompts_at_once)):
+        decoder = Decoder(model, chunk, chunk_mask, samples_per_prompt, response_length, on_cuda and cuda_graph)
         batch_size = len(chunk) * samples_per_prompt
         responses = torch.full((batch_size, response_length), PAD_ID, device=chunk.device)  # (b, R)
         logprobs = torch.zeros((batch_size, response_length), device=chunk.device)  # (b, R)
+        rows = torch.arange(batch_size, device=chunk.device)  # (b,), those that are still decoded
         ended = torch.zeros(batch_size, dtype=torch.bool, device=chunk.device)  # (b,)
-        positions = position_ids(chunk_mask)  # (n, P)
-        output = model(
-            chunk, attention_mask=chunk_mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
-        )
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(samples_per_prompt)
-        logits = output.logits[:, -1].repeat_interleave(samples_per_prompt, 0)  # (b, V)
-        position = (positions[:, -1:] + 1).repeat_interleave(
-            samples_per_prompt, 0
-        )  # (b, 1), of the first response token
-        chunk_mask = chunk_mask.repeat_interleave(samples_per_prompt, 0)  # (b, P)
-        attention_mask = torch.cat([chunk_mask, torch.ones_like(responses, dtype=torch.bool)], 1).long()  # (b, P+R)
         for t in range(response_length):
-            step_logprobs = (logits.float() / temperature).log_softmax(-1)  # (b, V)
+            step_logprobs = (decoder.logits.float() / temperature).log_softmax(-1)  # (b, V)
             if greedy:
                 tokens = step_logprobs.argmax(-1, keepdim=True)  # (b, 1)
-            else:
-                tokens = step_logprobs.exp().multinomial(1, generator=generator)  # (b, 1)
-            responses[:, t] = tokens[:, 0]
-            logprobs[:, t] = step_logprobs.gather(1, tokens)[:, 0]
+            else:  # with exponential q, p_i / q_i is the largest with probability p_i; nothing waits for the GPU
+                noise = torch.empty_like(step_logprobs).exponential_(generator=generator)  # (b, V)
+                tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (b, 1)
+            responses[rows, t] = tokens[:, 0]
+            logprobs[rows, t] = step_logprobs.gather(1, tokens)[:, 0]
             ended |= torch.isin(tokens[:, 0], end_tensor)
-            # Asking whether all have ended waits for the GPU, so there it is asked only every 16 tokens.
-            if t + 1 == response_length or ((t % 16 == 15 or chunk.device.type == "cpu") and ended.all()):
+            if t + 1 == response_length:
                 break
-            logits = model(
-                tokens,
-                attention_mask=attention_mask[:, : chunk.shape[1] + t + 1],
-                position_ids=position + t,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]  # (b, V)
+            if not on_cuda or t % 16 == 15:  # asking how many go on waits for the GPU
+                going_on = (~ended).nonzero()[:, 0]  # (b,)
+                if not len(going_on):
+                    break
+                if len(going_on) <= len(rows) / 2:
+                    decoder.select(going_on)
+                    rows, ended, tokens = rows[going_on], ended[going_on], tokens[going_on]
+            decoder.step(tokens)
         response_mask = mask_through_first_end(responses, end_ids)  # (b, R)
         chunks.append((responses.where(response_mask, PAD_ID), response_mask, logprobs.where(response_mask, 0.0)))
-    return tuple(torch.cat(parts) for parts in zip(*chunks))
+    responses, response_mask, logprobs = [torch.cat(parts) for parts in zip(*chunks)]
+    require(logprobs.isfinite().all(), "--model", "finite logits; try a lower learning rate", "NaN or infinity")
+    return responses, response_mask, logprobs
 
 
 def decode(tokenizer, responses, response_mask):
@@ -621,17 +782,92 @@ def bleu_reward(prompts, responses, reference, **columns):
 REWARDS = {"match": match_reward, "exact": exact_reward, "rouge": rouge_reward, "bleu": bleu_reward}
 
 
-def load_reward(name, *prompt_sets):
-    """The reward function called `name`: one of `REWARDS`, or FILE.py:function.
+class RewardModel:
+    """A reward function: one logit of a sequence classifier, for prompt and response in one text.
+
+    The text is tokenised anew with the classifier's own tokenizer, so it may have another vocabulary than the policy.
+    If prompts are lists of messages, the response is the assistant's, and the chat template makes the text.
+    """
+
+    def __init__(self, name, logit, batch_size, device, trust_remote_code=False):
+        """Load the checkpoint `name`, in bfloat16 on CUDA, in float32 elsewhere.
+
+        Args:
+            logit: which logit is the score. batch_size: texts at once.
+        Raises:
+            InputError: if it cannot be loaded whole, or has no such logit.
+        """
+        settings = dict(trust_remote_code=trust_remote_code)
+        on_cuda = torch.device(device).type == "cuda"
+        dtype = torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported() else torch.float32
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **settings
+            )
+        except Exception as error:
+            raise InputError(f"--reward: expected a sequence classifier in {name!r} ({error})") from None
+        # A head with random weights, or one that lost its bias, still returns numbers.
+        of_head = [key for key in loading["unexpected_keys"] if not key.startswith(self.model.base_model_prefix + ".")]
+        wrong = sorted(loading["missing_keys"]) + of_head
+        require(not wrong, "--reward", f"a sequence classifier in {name!r} with the weights of its class", wrong)
+        labels = self.model.config.num_labels
+        require(-labels <= logit < labels, "--reward-logit", f"one of the {labels} logits of {name}", logit)
+        self.model.to(device).eval().requires_grad_(False)
+        self.tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
+        if self.tokenizer.pad_token is None:
+            require(self.tokenizer.eos_token, "--reward", f"a padding or end token in {name!r}", None)
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:  # a decoder's score is that of the last token that is no padding
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(positions or math.inf, self.tokenizer.model_max_length)
+        self.logit, self.batch_size, self.device = logit, batch_size, device
+
+    def text(self, prompt, response):
+        """What the classifier reads."""
+        if isinstance(prompt, str):
+            return prompt + response
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses, **columns):
+        scores = []
+        for start in range(0, len(responses), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            texts = [self.text(*pair) for pair in zip(prompts[batch], responses[batch])]
+            is_text = isinstance(prompts[start], str)  # the chat template has written the special tokens already
+            inputs = self.tokenizer(
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=int(min(self.max_length, 2**30)),
+                add_special_tokens=is_text,
+                return_tensors="pt",
+            ).to(self.device)
+            scores.append(self.model(**inputs).logits[:, self.logit].float())
+        return torch.cat(scores).cpu()
+
+
+def load_reward(name, *prompt_sets, logit=-1, batch_size=64, device="cpu", trust_remote_code=False):
+    """The reward function called `name`: one of `REWARDS`, model:NAME_OR_FOLDER, or FILE.py:function.
 
     Args:
         prompt_sets: the `Prompts` that it will be called with.
+        logit, batch_size, device, trust_remote_code: see `RewardModel`.
     Raises:
         InputError: if there is no such function, or it does not take the columns of the prompts.
     """
     path, _, function = name.rpartition(":")
     if name in REWARDS:
         reward_fn = REWARDS[name]
+    elif name.startswith("model:"):
+        reward_fn = RewardModel(name.removeprefix("model:"), logit, batch_size, device, trust_remote_code)
+        kinds = {type(row["prompt"]) for prompts in prompt_sets for row in prompts.rows}
+        require(len(kinds) <= 1, f"--reward {name}", "prompts that are all text or all lists of messages", "both")
+        has_template = reward_fn.tokenizer.chat_template is not None
+        require(has_template or kinds <= {str}, "--reward", "a chat template, for lists of messages", f"none in {name}")
     elif path.endswith(".py"):
         require(os.path.isfile(path), "--reward", "an existing file", path)
         spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
@@ -643,7 +879,8 @@ def load_reward(name, *prompt_sets):
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
     else:
-        raise InputError(f"--reward: expected one of {', '.join(REWARDS)} or FILE.py:function, found {name!r}")
+        expected = f"one of {', '.join(REWARDS)}, model:NAME or FILE.py:function"
+        raise InputError(f"--reward: expected {expected}, found {name!r}")
     for prompts in prompt_sets:
         for row, row_name in zip(prompts.rows, prompts.names):
             is_text = isinstance(row.get("reference", ""), (str, int, float))
@@ -667,12 +904,12 @@ def _describe(error):
     return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
 
 
-def score_responses(reward_fn, reward_name, prompts, responses, iteration):
+def score_responses(reward_fn, reward_name, prompts, responses, iteration, clip=0.0):
     """Call the reward function and check what it returns.
 
     Args:
         prompts: N `Prompts`. responses: N * k texts, the k of one prompt next to each other.
-        reward_name, iteration: for messages.
+        reward_name, iteration: for messages. clip: scores end at minus and plus this; 0 for no limit.
     Returns:
         scores: (N * k,) fp32 tensor on the CPU.
     Raises:
@@ -703,7 +940,8 @@ def score_responses(reward_fn, reward_name, prompts, responses, iteration):
     for score, name, response in zip(scores, names, responses):
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
             raise InputError(f"{where}, {name}: expected a finite number, found {score!r}; response {response!r}")
-    return torch.tensor([float(score) for score in scores])
+    scores = torch.tensor([float(score) for score in scores])
+    return scores.clamp(-clip, clip) if clip else scores
 
 
 # ===== What a reader sees =====

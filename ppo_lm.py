@@ -90,6 +90,12 @@ class Args:
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
+    activation_checkpointing: bool = False
+    """keep only the input of each layer for the backward pass and compute the rest again: less memory, more time"""
+    compile: bool = False
+    """compile the forward and backward passes of the update with torch.compile"""
+    cuda_graph: bool = True
+    """sample on CUDA over a cache of fixed size with a captured graph of the pass of one token"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -99,7 +105,11 @@ class Args:
     reference_column: str = "reference"
     """column with the reference answer, if there is one"""
     reward: str = "match"
-    """match, exact, rouge, bleu, or FILE.py:function with function(prompts, responses, **columns) -> list of floats"""
+    """match, exact, rouge, bleu, model:NAME (a classifier), or FILE.py:function(prompts, responses, **columns)"""
+    reward_logit: int = -1
+    """the logit of --reward model:NAME that is the score, counted from 0, or from the end with -1"""
+    reward_clip: float = 0.0
+    """scores are clipped to between minus and plus this; 0 for no limit"""
     prompt_length: int = 512
     """longest prompt that is accepted, in tokens"""
     response_length: int = 6
@@ -186,14 +196,13 @@ def whiten(values, mask, shift_mean=True):
     return ((values - shift) / (masked_variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
 
 
-def policy_logprobs(model, sequences, attention_mask, args):
-    """Log-probabilities that `model` gives the responses at the sampling temperature.
+def response_logits(model, sequences, attention_mask, args):
+    """Logits that `model` has for the responses, divided by the sampling temperature.
 
     Args:
         sequences, attention_mask: (b, P+R) prompts and responses, and where they are real.
     Returns:
-        logprobs: (b, R), of each response token given what stands before it.
-        logits: (b, R, V), divided by the temperature; only response positions have any.
+        (b, R, V), for each response token given what stands before it; the prompt's positions get none.
     """
     with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logits = model(
@@ -203,10 +212,13 @@ def policy_logprobs(model, sequences, attention_mask, args):
             logits_to_keep=args.response_length,
             use_cache=False,
         ).logits
-    logits = (logits.float() if logits.dtype == torch.bfloat16 else logits) / args.temperature  # (b, R, V)
-    responses = sequences[:, -args.response_length :]  # (b, R)
-    logprobs = logits.gather(2, responses[..., None])[..., 0] - logits.logsumexp(-1)  # (b, R)
-    return logprobs, logits
+    return logits if args.temperature == 1 else common.full_precision(logits) / args.temperature
+
+
+def policy_logprobs(model, sequences, attention_mask, args):
+    """Log-probabilities and entropies of the responses at the sampling temperature: two (b, P+R) -> two (b, R)."""
+    logits = response_logits(model, sequences, attention_mask, args)  # (b, R, V)
+    return common.token_statistics(logits, sequences[:, -args.response_length :])
 
 
 @torch.no_grad()
@@ -214,11 +226,6 @@ def batched_logprobs(model, sequences, attention_mask, micro_batch_size, args):
     """`policy_logprobs` of a whole batch, without gradient, by micro-batches: -> (B, R)."""
     batches = zip(sequences.split(micro_batch_size), attention_mask.split(micro_batch_size))
     return torch.cat([policy_logprobs(model, *batch, args)[0] for batch in batches])
-
-
-def token_entropy(logits):
-    """Entropy of softmax(logits) in nats: (b, R, V) -> (b, R)."""
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
 def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
@@ -247,16 +254,27 @@ def mean(values):
     return masked_mean(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def all_reduce_gradients(parameters):
-    """Sum the gradients of all ranks in place. Losses are divided by counts over all ranks, so no mean is taken."""
-    if dist.is_initialized():
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+def all_reduce_gradients(model, max_grad_norm):
+    """Sum the gradients of all ranks in place, and clip their length to `max_grad_norm`.
+
+    Losses are divided by counts over all ranks, so no mean is taken.
+
+    Returns:
+        Length before clipping.
+    Raises:
+        InputError: if a gradient is not finite.
+    """
+    for parameter in model.parameters():
+        if dist.is_initialized() and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    require(norm.isfinite(), f"gradient of the {type(model).__name__}", "a finite one; try a lower rate", norm.item())
+    return norm
 
 
 # Flags that a resumed run may change: they bound memory, or say where and when to write.
 CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
+CHANGEABLE |= {"activation_checkpointing", "compile", "cuda_graph"}
 
 
 def check_args(args, world_size):
@@ -265,6 +283,7 @@ def check_args(args, world_size):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     for name in ("micro_batch_size", "rollout_batch_size", "save_every", "eval_every", "kl_coef", "kl_target"):
         require(getattr(args, name) >= 0, flag(name), "0 or more", getattr(args, name))
+    require(args.reward_clip >= 0, "--reward-clip", "0 or more", args.reward_clip)
     for name in ("temperature", "kl_horizon"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     require(0 < args.gamma <= 1, "--gamma", "more than 0 and at most 1", args.gamma)
@@ -372,7 +391,7 @@ def clipped_surrogate(ratio, advantages, clip_coef, clip_coef_high):
 
 def exact_kl(old_logits, new_logits):
     """KL(old || new) of each token over the whole vocabulary: (b, R, V), (b, R, V) -> (b, R)."""
-    old, new = old_logits.log_softmax(-1), new_logits.log_softmax(-1)
+    old, new = common.full_precision(old_logits).log_softmax(-1), common.full_precision(new_logits).log_softmax(-1)
     return (old.exp() * (old - new)).sum(-1)
 
 
@@ -381,7 +400,7 @@ def batched_kl(old_policy, policy, sequences, attention_mask, micro_batch_size, 
     """`exact_kl` of a whole batch, without gradient, by micro-batches: -> (B, R)."""
     batches = zip(sequences.split(micro_batch_size), attention_mask.split(micro_batch_size))
     return torch.cat(
-        [exact_kl(policy_logprobs(old_policy, *b, args)[1], policy_logprobs(policy, *b, args)[1]) for b in batches]
+        [exact_kl(response_logits(old_policy, *b, args), response_logits(policy, *b, args)) for b in batches]
     )
 
 
@@ -428,7 +447,18 @@ def main(args, checkpoint=None):
         trust_remote_code=args.trust_remote_code,
     )
     score_responses = partial(
-        common.score_responses, common.load_reward(args.reward, train_prompts, eval_prompts), args.reward
+        common.score_responses,
+        common.load_reward(
+            args.reward,
+            train_prompts,
+            eval_prompts,
+            logit=args.reward_logit,
+            batch_size=micro_batch_size,
+            device=device,
+            trust_remote_code=args.trust_remote_code,
+        ),
+        args.reward,
+        clip=args.reward_clip,
     )
     expected = f"a held-out prompt for each of {world_size} ranks"
     require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
@@ -444,6 +474,7 @@ def main(args, checkpoint=None):
         response_length=args.response_length,
         end_ids=end_ids,
         rollout_batch_size=args.rollout_batch_size,
+        cuda_graph=args.cuda_graph,
     )
 
     # ===== Critic and optimizers (algorithm) =====
@@ -459,7 +490,13 @@ def main(args, checkpoint=None):
     needs_logprobs = True  # for the ratio
     numbers = {"kl_coef": args.kl_coef, "penalty_coef": args.penalty_coef}
 
-    # ===== Resume and log (shared by all three scripts) =====
+    # ===== Memory and speed, resume, log (shared by all three scripts) =====
+    # Only after all copies were made: the layers of a copy would go on calling those that they were copied from.
+    for network in [part for part in (reference, *trained.values()) if isinstance(part, torch.nn.Module)]:
+        if args.activation_checkpointing:
+            common.checkpoint_activations(network)
+        if args.compile:
+            network.compile()
     first_iteration, earlier_seconds = 1, 0.0
     if checkpoint:
         for name, part in trained.items():
@@ -589,17 +626,17 @@ def main(args, checkpoint=None):
                 new_values = critic(sequences[micro], attention_mask[micro], args)[:, :-1]  # (b, R)
                 v_loss = value_loss(new_values, values[micro], returns[micro], args.value_clip)  # (b, R)
                 (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
-                new_logprobs, logits = policy_logprobs(policy, sequences[micro], attention_mask[micro], args)  # (b, R)
+                logits = response_logits(policy, sequences[micro], attention_mask[micro], args)  # (b, R, V)
+                new_logprobs, entropy = common.token_statistics(logits, responses[micro])  # (b, R), (b, R)
                 logratio = (new_logprobs - logprobs[micro]).where(mask, 0.0)  # (b, R)
                 ratio = logratio.exp()  # (b, R)
                 if args.surrogate == "clip":
                     surrogate = clipped_surrogate(ratio, advantages[micro], args.clip_coef, clip_coef_high)  # (b, R)
                 else:
                     with torch.no_grad():
-                        _, old_logits = policy_logprobs(old_policy, sequences[micro], attention_mask[micro], args)
+                        old_logits = response_logits(old_policy, sequences[micro], attention_mask[micro], args)
                     kl = exact_kl(old_logits, logits)  # (b, R)
                     surrogate = ratio * advantages[micro] - numbers["penalty_coef"] * kl  # (b, R) (7)
-                entropy = token_entropy(logits if args.ent_coef else logits.detach())  # (b, R)
                 loss = -(surrogate + args.ent_coef * entropy).where(mask, 0.0).sum() / num_tokens
                 if updates_policy:
                     loss.backward()
@@ -611,16 +648,12 @@ def main(args, checkpoint=None):
                 optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 break
-            all_reduce_gradients(critic.parameters())
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            all_reduce_gradients(critic, args.max_grad_norm)
             critic_optimizer.step()
             critic_optimizer.zero_grad()
             grad_norm = torch.zeros((), device=device)
             if updates_policy:
-                all_reduce_gradients(policy.parameters())
-                grad_norm = torch.nn.utils.clip_grad_norm_(
-                    policy.parameters(), args.max_grad_norm, error_if_nonfinite=True
-                )
+                grad_norm = all_reduce_gradients(policy, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             history.append(torch.cat([means, grad_norm[None]]))
@@ -662,10 +695,9 @@ def main(args, checkpoint=None):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
             progress.update(args.batch_size)
-            progress.set_postfix_str(
-                f"score {metrics['objective/score']:.3f}, KL {metrics.get('objective/kl_ref', float('nan')):.2f}, "
-                f"{metrics['time/tokens_per_second']:.0f} tokens/s"
-            )
+            kl = f", KL {metrics['objective/kl_ref']:.2f}" if reference is not None else ""
+            speed = metrics["time/tokens_per_second"]
+            progress.set_postfix_str(f"score {metrics['objective/score']:.3f}{kl}, {speed:.0f} tokens/s")
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             results = evaluate(iteration)

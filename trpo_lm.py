@@ -102,6 +102,12 @@ class Args:
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
+    activation_checkpointing: bool = False
+    """keep only the input of each layer for the backward pass and compute the rest again: less memory, more time"""
+    compile: bool = False
+    """compile the forward and backward passes of the update with torch.compile"""
+    cuda_graph: bool = True
+    """sample on CUDA over a cache of fixed size with a captured graph of the pass of one token"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -111,7 +117,11 @@ class Args:
     reference_column: str = "reference"
     """column with the reference answer, if there is one"""
     reward: str = "match"
-    """match, exact, rouge, bleu, or FILE.py:function with function(prompts, responses, **columns) -> list of floats"""
+    """match, exact, rouge, bleu, model:NAME (a classifier), or FILE.py:function(prompts, responses, **columns)"""
+    reward_logit: int = -1
+    """the logit of --reward model:NAME that is the score, counted from 0, or from the end with -1"""
+    reward_clip: float = 0.0
+    """scores are clipped to between minus and plus this; 0 for no limit"""
     prompt_length: int = 512
     """longest prompt that is accepted, in tokens"""
     response_length: int = 6
@@ -198,14 +208,13 @@ def whiten(values, mask, shift_mean=True):
     return ((values - shift) / (masked_variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
 
 
-def policy_logprobs(model, sequences, attention_mask, args):
-    """Log-probabilities that `model` gives the responses at the sampling temperature.
+def response_logits(model, sequences, attention_mask, args):
+    """Logits that `model` has for the responses, divided by the sampling temperature.
 
     Args:
         sequences, attention_mask: (b, P+R) prompts and responses, and where they are real.
     Returns:
-        logprobs: (b, R), of each response token given what stands before it.
-        logits: (b, R, V), divided by the temperature; only response positions have any.
+        (b, R, V), for each response token given what stands before it; the prompt's positions get none.
     """
     with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logits = model(
@@ -215,10 +224,13 @@ def policy_logprobs(model, sequences, attention_mask, args):
             logits_to_keep=args.response_length,
             use_cache=False,
         ).logits
-    logits = (logits.float() if logits.dtype == torch.bfloat16 else logits) / args.temperature  # (b, R, V)
-    responses = sequences[:, -args.response_length :]  # (b, R)
-    logprobs = logits.gather(2, responses[..., None])[..., 0] - logits.logsumexp(-1)  # (b, R)
-    return logprobs, logits
+    return logits if args.temperature == 1 else common.full_precision(logits) / args.temperature
+
+
+def policy_logprobs(model, sequences, attention_mask, args):
+    """Log-probabilities and entropies of the responses at the sampling temperature: two (b, P+R) -> two (b, R)."""
+    logits = response_logits(model, sequences, attention_mask, args)  # (b, R, V)
+    return common.token_statistics(logits, sequences[:, -args.response_length :])
 
 
 @torch.no_grad()
@@ -226,11 +238,6 @@ def batched_logprobs(model, sequences, attention_mask, micro_batch_size, args):
     """`policy_logprobs` of a whole batch, without gradient, by micro-batches: -> (B, R)."""
     batches = zip(sequences.split(micro_batch_size), attention_mask.split(micro_batch_size))
     return torch.cat([policy_logprobs(model, *batch, args)[0] for batch in batches])
-
-
-def token_entropy(logits):
-    """Entropy of softmax(logits) in nats: (b, R, V) -> (b, R)."""
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
 def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
@@ -259,16 +266,27 @@ def mean(values):
     return masked_mean(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def all_reduce_gradients(parameters):
-    """Sum the gradients of all ranks in place. Losses are divided by counts over all ranks, so no mean is taken."""
-    if dist.is_initialized():
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+def all_reduce_gradients(model, max_grad_norm):
+    """Sum the gradients of all ranks in place, and clip their length to `max_grad_norm`.
+
+    Losses are divided by counts over all ranks, so no mean is taken.
+
+    Returns:
+        Length before clipping.
+    Raises:
+        InputError: if a gradient is not finite.
+    """
+    for parameter in model.parameters():
+        if dist.is_initialized() and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    require(norm.isfinite(), f"gradient of the {type(model).__name__}", "a finite one; try a lower rate", norm.item())
+    return norm
 
 
 # Flags that a resumed run may change: they bound memory, or say where and when to write.
 CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
+CHANGEABLE |= {"activation_checkpointing", "compile", "cuda_graph"}
 
 
 def check_args(args, world_size):
@@ -277,6 +295,7 @@ def check_args(args, world_size):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     for name in ("micro_batch_size", "rollout_batch_size", "save_every", "eval_every", "kl_coef", "kl_target"):
         require(getattr(args, name) >= 0, flag(name), "0 or more", getattr(args, name))
+    require(args.reward_clip >= 0, "--reward-clip", "0 or more", args.reward_clip)
     for name in ("temperature", "kl_horizon"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     require(0 < args.gamma <= 1, "--gamma", "more than 0 and at most 1", args.gamma)
@@ -379,7 +398,7 @@ def generalized_advantages(rewards, values, response_mask, next_values, gamma, g
 
 def exact_kl(old_logits, new_logits):
     """KL(old || new) of each token over the whole vocabulary: (b, R, V), (b, R, V) -> (b, R)."""
-    old, new = old_logits.log_softmax(-1), new_logits.log_softmax(-1)
+    old, new = common.full_precision(old_logits).log_softmax(-1), common.full_precision(new_logits).log_softmax(-1)
     return (old.exp() * (old - new)).sum(-1)
 
 
@@ -419,8 +438,13 @@ def set_parameters(policy, vector):
 
 
 def with_parameters(policy, values):
-    """The function that `policy` would be with other parameters, given as a dictionary."""
-    return lambda **inputs: torch.func.functional_call(policy, values, (), inputs)
+    """The function that `policy` would be with other parameters, given as a dictionary. It is never compiled."""
+
+    def function(**inputs):
+        with torch.compiler.set_stance("force_eager"):
+            return torch.func.functional_call(policy, values, (), inputs)
+
+    return function
 
 
 def surrogate_gradient(policy, batch, advantages, num_tokens, micro_batch_size, args):
@@ -432,14 +456,14 @@ def surrogate_gradient(policy, batch, advantages, num_tokens, micro_batch_size, 
     Returns:
         g: (D,), over all ranks. logprobs, entropy: (B, R), of the old policy.
     """
-    gradient, logprobs, entropy = torch.zeros_like(flatten(policy)), [], []
+    gradient, logprobs, entropy = flatten(policy).zero_(), [], []
     for *inputs, mask, micro_advantages in split_batch(micro_batch_size, *batch, advantages):
-        new_logprobs, logits = policy_logprobs(policy, *inputs, args)  # (b, R), (b, R, V)
+        new_logprobs, new_entropy = policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
         ratio = (new_logprobs - new_logprobs.detach()).exp()  # (b, R), all 1
         surrogate = (ratio * micro_advantages).where(mask, 0.0).sum() / num_tokens
         add_gradient(gradient, surrogate, None, policy)  # (7)
         logprobs.append(new_logprobs.detach())
-        entropy.append(token_entropy(logits.detach()))
+        entropy.append(new_entropy.detach())
     return all_reduce(gradient), torch.cat(logprobs), torch.cat(entropy)
 
 
@@ -456,10 +480,10 @@ def jacobian_vector_product(policy, vector, inputs, args):
     with forward_ad.dual_level(), torch.no_grad(), sdpa_kernel(MATH):
         tangents = unflatten(vector, policy)
         duals = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in policy.named_parameters()}
-        _, logits = policy_logprobs(with_parameters(policy, duals), *inputs, args)
-        return forward_ad.unpack_dual(logits)
+        return forward_ad.unpack_dual(response_logits(with_parameters(policy, duals), *inputs, args))
 
 
+@torch.compiler.set_stance("force_eager")
 def fisher_vector_product(vector, policy, batch, micro_batch_size, args):
     """F v over the response tokens of `batch` on all ranks, in Gauss-Newton form: (D,) -> (D,)."""
     num_tokens = all_reduce(batch[2].sum())
@@ -469,9 +493,8 @@ def fisher_vector_product(vector, policy, batch, micro_batch_size, args):
         p = logits.softmax(-1)  # (b, R, V)
         change = p * (change - (p * change).sum(-1, keepdim=True))  # (b, R, V), (diag p - p p') J v
         change = change.where(mask[..., None], 0.0) / num_tokens
-        with sdpa_kernel(MATH):
-            _, logits = policy_logprobs(policy, *inputs, args)
-        add_gradient(product, logits, change, policy)  # (8)
+        with sdpa_kernel(MATH):  # around the backward pass too, where activation checkpointing runs layers again
+            add_gradient(product, response_logits(policy, *inputs, args), change, policy)  # (8)
     return all_reduce(product)
 
 
@@ -528,9 +551,13 @@ def surrogate_gain_and_kl(policy, old_parameters, batch, advantages, num_tokens,
     """
     sums = torch.zeros(2, device=advantages.device, dtype=torch.float64)
     for *inputs, mask, micro_advantages in split_batch(micro_batch_size, *batch, advantages):
-        old_logprobs, old_logits = policy_logprobs(with_parameters(policy, old_parameters), *inputs, args)
-        new_logprobs, new_logits = policy_logprobs(policy, *inputs, args)  # (b, R), (b, R, V)
-        gain = ((new_logprobs - old_logprobs).exp() - 1) * micro_advantages  # (b, R)
+        tokens = inputs[0][:, -args.response_length :]  # (b, R)
+        old_logits = response_logits(with_parameters(policy, old_parameters), *inputs, args)  # (b, R, V)
+        new_logits = response_logits(policy, *inputs, args)  # (b, R, V)
+        logratio = (
+            common.token_statistics(new_logits, tokens)[0] - common.token_statistics(old_logits, tokens)[0]
+        )  # (b, R)
+        gain = (logratio.exp() - 1) * micro_advantages  # (b, R)
         kl = exact_kl(old_logits, new_logits)  # (b, R)
         sums += torch.stack([gain.where(mask, 0.0).sum(), kl.where(mask, 0.0).sum()])
     return (all_reduce(sums) / num_tokens).tolist()  # (6)
@@ -610,7 +637,18 @@ def main(args, checkpoint=None):
         trust_remote_code=args.trust_remote_code,
     )
     score_responses = partial(
-        common.score_responses, common.load_reward(args.reward, train_prompts, eval_prompts), args.reward
+        common.score_responses,
+        common.load_reward(
+            args.reward,
+            train_prompts,
+            eval_prompts,
+            logit=args.reward_logit,
+            batch_size=micro_batch_size,
+            device=device,
+            trust_remote_code=args.trust_remote_code,
+        ),
+        args.reward,
+        clip=args.reward_clip,
     )
     expected = f"a held-out prompt for each of {world_size} ranks"
     require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
@@ -626,6 +664,7 @@ def main(args, checkpoint=None):
         response_length=args.response_length,
         end_ids=end_ids,
         rollout_batch_size=args.rollout_batch_size,
+        cuda_graph=args.cuda_graph,
     )
 
     # ===== Critic and its optimizer (algorithm) =====
@@ -640,7 +679,13 @@ def main(args, checkpoint=None):
     exact_args = Args(**{**asdict(args), "dtype": "float32"})  # for the update
     numbers = {"kl_coef": args.kl_coef}
 
-    # ===== Resume and log (shared by all three scripts) =====
+    # ===== Memory and speed, resume, log (shared by all three scripts) =====
+    # Only after all copies were made: the layers of a copy would go on calling those that they were copied from.
+    for network in [part for part in (reference, *trained.values()) if isinstance(part, torch.nn.Module)]:
+        if args.activation_checkpointing:
+            common.checkpoint_activations(network)
+        if args.compile:
+            network.compile()
     first_iteration, earlier_seconds = 1, 0.0
     if checkpoint:
         for name, part in trained.items():
@@ -758,7 +803,7 @@ def main(args, checkpoint=None):
         g, old_logprobs, entropy = surrogate_gradient(  # (D,), (B, R), (B, R)
             policy, whole, advantages, num_tokens, micro_batch_size, exact_args
         )
-        generator = make_generator("cpu", args.seed, iteration, rank)
+        generator = make_generator("cpu", args.seed, iteration, rank, args.update_epochs)  # unlike the critic's
         num_rows = max(1, round(args.fvp_fraction * local_batch_size))
         rows = torch.randperm(local_batch_size, generator=generator)[:num_rows].to(device)
         product = partial(
@@ -773,21 +818,22 @@ def main(args, checkpoint=None):
         x, damping, residual, cg_iters = conjugate_gradient(product, g, args.cg_iters, args.cg_damping, args.cg_tol)
         curvature = fisher_quadratic_form(x, policy, whole, micro_batch_size, exact_args)
         slope = dot(g, x)
+        measure = partial(
+            surrogate_gain_and_kl,
+            policy,
+            unflatten(theta, policy),
+            whole,
+            advantages,
+            num_tokens,
+            micro_batch_size,
+            exact_args,
+        )
         fraction, gain, kl, tried, predicted_gain = 0.0, 0.0, 0.0, 0, 0.0
         if 0 < curvature < float("inf") and 0 < slope < float("inf"):  # a zero or non-finite gradient leaves x at 0
             scale = (2 * max_kl / curvature) ** 0.5  # (10)
             predicted_gain = scale * slope
-            measure = partial(
-                surrogate_gain_and_kl,
-                policy,
-                unflatten(theta, policy),
-                whole,
-                advantages,
-                num_tokens,
-                micro_batch_size,
-                exact_args,
-            )
             fraction, gain, kl, tried = line_search(policy, theta, scale * x, predicted_gain, measure, max_kl, args)
+        del theta, g, x, measure  # as large as the policy: gone before the critic's update and the next batch
         if rank == 0 and not fraction:
             why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
             tqdm.write(f"  iteration {iteration}: policy not updated, {why}")
@@ -823,8 +869,7 @@ def main(args, checkpoint=None):
                 v_loss = v_loss.where(mask, 0.0).sum() / num_tokens
                 v_loss.backward()
                 total += v_loss.detach()
-            all_reduce_gradients(critic.parameters())
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            all_reduce_gradients(critic, args.max_grad_norm)
             critic_optimizer.step()
             critic_optimizer.zero_grad()
             losses.append(all_reduce(total))
@@ -843,10 +888,9 @@ def main(args, checkpoint=None):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
             progress.update(args.batch_size)
-            progress.set_postfix_str(
-                f"score {metrics['objective/score']:.3f}, KL {metrics.get('objective/kl_ref', float('nan')):.2f}, "
-                f"{metrics['time/tokens_per_second']:.0f} tokens/s"
-            )
+            kl = f", KL {metrics['objective/kl_ref']:.2f}" if reference is not None else ""
+            speed = metrics["time/tokens_per_second"]
+            progress.set_postfix_str(f"score {metrics['objective/score']:.3f}{kl}, {speed:.0f} tokens/s")
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             results = evaluate(iteration)

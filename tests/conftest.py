@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # as fast for models of this size, and other work on the machine does not hurt it
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 

@@ -18,7 +18,7 @@ from ppo_lm import (
     clipped_surrogate,
     exact_kl,
     generalized_advantages,
-    policy_logprobs,
+    response_logits,
     value_loss,
 )
 
@@ -74,7 +74,7 @@ def test_gradient_at_the_old_policy_is_that_of_reinforce_and_the_enumerated_one(
     ratio = (logprobs - old_logprobs).exp()
     clipped = (weights * clipped_surrogate(ratio, advantages, 0.2, 0.2)).where(MASK, 0.0).sum()
     reinforce = -reinforce_lm.policy_gradient_loss(logprobs, weights * advantages, MASK, 1)
-    _, logits = policy_logprobs(case.policy, case.sequences, case.attention_mask, case.args)
+    logits = response_logits(case.policy, case.sequences, case.attention_mask, case.args)
     kl = exact_kl(logits.detach(), logits)
     penalised = (weights * (ratio * advantages - 5.0 * kl)).where(MASK, 0.0).sum()
     expected = case.exact_gradient(kl_coef=0.0, gamma=1.0)
@@ -98,8 +98,8 @@ def test_exact_kl_is_that_of_torch_distributions():
     torch.testing.assert_close(exact_kl(old, new), expected)
     case, other = Enumerated(), tiny_model(vocab_size=3, dtype=torch.float64, seed=7)
     batched = batched_kl(case.policy, other, case.sequences, case.attention_mask, 3, case.args)
-    _, old = policy_logprobs(case.policy, case.sequences, case.attention_mask, case.args)
-    _, new = policy_logprobs(other, case.sequences, case.attention_mask, case.args)
+    old = response_logits(case.policy, case.sequences, case.attention_mask, case.args)
+    new = response_logits(other, case.sequences, case.attention_mask, case.args)
     expected = torch.distributions.kl_divergence(categorical(logits=old), categorical(logits=new))
     torch.testing.assert_close(batched, expected)
 

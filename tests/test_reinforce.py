@@ -15,8 +15,8 @@ from reinforce_lm import (
     discounted_returns,
     policy_gradient_loss,
     policy_logprobs,
+    response_logits,
     shaped_rewards,
-    token_entropy,
     whiten,
 )
 
@@ -104,9 +104,9 @@ def test_baselines_lower_the_variance(kind):
 
 def test_the_end_token_gets_gradient_and_what_follows_gets_none():
     case = Enumerated()
-    _, logits = policy_logprobs(case.policy, case.sequences, case.attention_mask, case.args)
+    logits = response_logits(case.policy, case.sequences, case.attention_mask, case.args)
     logits = logits.detach().requires_grad_()
-    logprobs = logits.gather(2, RESPONSES[..., None])[..., 0] - logits.logsumexp(-1)
+    logprobs, _ = common.token_statistics(logits, RESPONSES)
     policy_gradient_loss(logprobs, torch.ones(7, 2), MASK, 7).backward()
     assert (logits.grad[1, 1, 0] < 0) and (logits.grad[0, 0, 0] < 0)  # [1, end] and [end]: the end becomes more likely
     assert (logits.grad[0, 1] == 0).all()  # behind [end]
@@ -137,7 +137,7 @@ def test_leave_one_out_by_loop():
     assert (equal - compute_baseline("leave_one_out", equal, 4, 0.0, None)).abs().max() < 1e-6
 
 
-def test_whitening_and_entropy():
+def test_whitening():
     values = torch.tensor([[1.0, 2.0, 99.0], [4.0, -7.0, 5.0]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
     kept = values[mask]
@@ -145,8 +145,42 @@ def test_whitening_and_entropy():
     torch.testing.assert_close(whiten(values, mask)[mask], expected)
     torch.testing.assert_close(whiten(values, mask, shift_mean=False)[mask], kept / kept.std(correction=0))
     assert (whiten(values, mask)[~mask] == 0).all()
-    logits = torch.randn(3, 4, 50) * 5
-    torch.testing.assert_close(token_entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+
+
+@pytest.mark.parametrize("vocab_size", [7, 2**21], ids=["one piece", "several pieces"])
+def test_token_statistics_and_their_gradient_are_those_of_autograd(vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 3, vocab_size, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    tokens = torch.randint(vocab_size, (2, 3), generator=generator)
+    weights = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    categorical = torch.distributions.Categorical(logits=logits)
+    expected = torch.stack([categorical.log_prob(tokens), categorical.entropy()])
+    found = torch.stack(common.token_statistics(logits, tokens))
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad((weights * expected).sum(), logits)[0])
+
+
+def test_no_second_tensor_of_logits_is_kept_for_the_backward_pass():
+    model, kept = tiny_model("llama", vocab_size=50), []
+    sequences = torch.ones(4, 8, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        logprobs, entropy = policy_logprobs(model, sequences, sequences.bool(), Args(response_length=3))
+    assert logprobs.requires_grad and entropy.requires_grad
+    shapes = [tuple(tensor.shape) for tensor in kept]
+    assert shapes.count((4, 3, 50)) == 1 and not any(shape[-1:] == (50,) and 8 in shape for shape in shapes)
+
+
+def test_bfloat16_logits_are_scored_in_float32():
+    logits = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    tokens = torch.arange(6).view(2, 3)
+    logprobs, entropy = common.token_statistics(logits, tokens)
+    categorical = torch.distributions.Categorical(logits=logits.float())
+    torch.testing.assert_close(logprobs, categorical.log_prob(tokens))
+    torch.testing.assert_close(entropy, categorical.entropy())
+    (logprobs + entropy).sum().backward()
+    assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
 
 
 def test_kl_coefficient_follows_its_target():
@@ -192,7 +226,7 @@ def test_main_takes_the_step_that_its_batch_implies(tmp_path, monkeypatch):
         )
         return chosen, mask, torch.zeros(32, 6)
 
-    def score(reward_fn, reward_name, prompts, responses, iteration):
+    def score(reward_fn, reward_name, prompts, responses, iteration, clip):
         return torch.arange(len(responses)).float() % 3
 
     monkeypatch.setattr(common, "rollout", rollout)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import reinforce_lm
-from reinforce_lm import Args, batched_logprobs, policy_logprobs, token_entropy
+from reinforce_lm import Args, batched_logprobs, policy_logprobs
 
 KINDS = ["gpt2", "llama"]
 
@@ -32,8 +32,7 @@ def test_padded_batch_scores_like_single_prompts(kind, pad_id, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     responses, response_mask, _ = common.rollout(model, ids, mask, 4, end_ids=[0, 9], generator=generator)
     sequences, attention_mask = torch.cat([ids, responses], 1), torch.cat([mask, response_mask], 1)
-    logprobs, logits = policy_logprobs(model, sequences, attention_mask, args)
-    entropy = token_entropy(logits)
+    logprobs, entropy = policy_logprobs(model, sequences, attention_mask, args)
     assert len(set(response_mask.sum(1).tolist())) > 1, "the test wants responses of different lengths"
     for i, prompt in enumerate(prompts):
         length = int(response_mask[i].sum())

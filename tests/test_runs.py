@@ -89,8 +89,8 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
             seen["responses"], seen["mask"], _ = result
         return result
 
-    def recording_score(*args):
-        scores = score(*args)
+    def recording_score(*args, **settings):
+        scores = score(*args, **settings)
         seen["scores"] = scores if len(scores) == 32 else seen.get("scores")
         return scores
 
@@ -259,7 +259,7 @@ def test_broken_reward_stops_the_run_in_one_line(tmp_path, capsys):
     assert "expected a finite number, found nan" in error
 
 
-@pytest.mark.parametrize("script, iterations", [("reinforce_lm", 80), ("ppo_lm", 30), ("trpo_lm", 20)])
+@pytest.mark.parametrize("script, iterations", [("reinforce_lm", 80), ("ppo_lm", 30), ("trpo_lm", 25)])
 def test_it_learns(script, iterations, tmp_path):
     flags = ["--total-episodes", 256 * iterations, "--eval-every", 0, "--save-every", 0, "--output-dir", tmp_path]
     run_main(importlib.import_module(script), *flags)

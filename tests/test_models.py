@@ -1,0 +1,223 @@
+"""Model shapes end to end, and the settings that may only change memory and speed: caches, checkpointing, compile."""
+
+import functools
+import importlib
+import json
+
+import pytest
+import torch
+from conftest import SCRIPTS, error_line, recorded_gradients, run_main
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+
+import common
+
+SIZE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+SIZE |= dict(max_position_embeddings=32, head_dim=8)
+SHAPES = {
+    "gpt2": dict(n_positions=32, n_embd=16, n_layer=2, n_head=2),
+    "llama": SIZE,
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "gemma2": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),  # logits and scores are capped
+    "gemma3_text": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),
+}
+FULL_ATTENTION = ["gpt2", "llama", "qwen2", "qwen3"]
+SHORT = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--device", "cpu", "--save-every", 0]
+
+
+def make_model(kind, tied=True, vocab_size=11):
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, tie_word_embeddings=tied, **SHAPES[kind])
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)  # far from uniform
+    return model
+
+
+def save_checkpoint(folder, kind, tied):
+    tokenizer = common.character_tokenizer("0123456789")
+    make_model(kind, tied, len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shapes_end_to_end(script, kind, tied, tmp_path):
+    folder = save_checkpoint(tmp_path / "checkpoint", kind, tied)
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        run_main(importlib.import_module(script), *SHORT, "--model", folder, "--output-dir", tmp_path / "runs")
+    assert steps and all(step.isfinite().all() and step.norm() > 0 for step in steps)
+    (summary,) = tmp_path.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["episodes"] == 64
+    before, after = [AutoModelForCausalLM.from_pretrained(path) for path in (folder, summary.parent / "model")]
+    (output_before, output_after) = [model.get_output_embeddings().weight for model in (before, after)]
+    assert not torch.equal(output_before, output_after)
+    assert (after.get_input_embeddings().weight is output_after) == tied
+
+
+def ragged_prompts():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 11, (4, 5), generator=generator)
+    mask = torch.arange(5) >= torch.tensor([0, 2, 4, 1])[:, None]
+    return ids.where(mask, 0), mask
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_cache_of_fixed_size_gives_the_logits_of_full_forwards(kind):
+    """Rows repeat, prompts are ragged, and halfway all but two rows are dropped."""
+    model, (ids, mask) = make_model(kind), ragged_prompts()
+    tokens = torch.randint(1, 11, (8, 6), generator=torch.Generator().manual_seed(2))
+    for fixed_size in (False, True):
+        with torch.no_grad():
+            decoder = common.Decoder(model, ids, mask, 2, 7, fixed_size)
+            assert decoder.fixed_size == (fixed_size and kind in FULL_ATTENTION)
+            rows = torch.arange(8)
+            for t in range(6):
+                for row, logits in zip(rows.tolist(), decoder.logits):
+                    text = torch.cat([ids[row // 2][mask[row // 2]], tokens[row, :t]])
+                    torch.testing.assert_close(logits, model(text[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
+                if t == 3:
+                    decoder.select(torch.tensor([6, 1]))
+                    rows = rows[[6, 1]]
+                decoder.step(tokens[rows, t, None])
+
+
+@pytest.mark.parametrize("kind", FULL_ATTENTION)
+def test_the_pass_of_one_token_can_be_replayed(kind, monkeypatch):
+    """What a CUDA graph asks for, on a CPU: a trace of one pass, with every Python number in it frozen, is right at
+    the next positions too, and no tensor's value was asked for while it was recorded (a trace refuses that)."""
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as transformers does while a stream is captured
+    model, (ids, mask) = make_model(kind), ragged_prompts()
+    tokens = torch.randint(1, 11, (8, 6), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        replayed, plain = [common.Decoder(model, ids, mask, 2, 7, True) for _ in range(2)]
+        layers = replayed.cache.layers
+        moving = [replayed.tokens, replayed.positions, *[layer.cumulative_length for layer in layers]]
+        state = [x.clone() for x in [*moving, *[layer.keys for layer in layers], *[layer.values for layer in layers]]]
+        trace = make_fx(lambda: replayed.forward())()
+        for x, old in zip([*moving, *[y.keys for y in layers], *[y.values for y in layers]], state, strict=True):
+            x.copy_(old)  # tracing has run the pass, capturing does not
+        for t in range(6):
+            replayed.tokens.copy_(tokens[:, t, None])
+            replayed.positions.add_(1)
+            plain.step(tokens[:, t, None])
+            torch.testing.assert_close(trace(), plain.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice():
+    model, (ids, mask), sizes = make_model("llama"), ragged_prompts(), []
+    end_ids = [0, 3, 5]
+
+    def sample(**settings):
+        generator = torch.Generator().manual_seed(0)
+        return common.rollout(model, ids, mask, 12, end_ids, samples_per_prompt=8, generator=generator, **settings)
+
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    responses, response_mask, logprobs = sample()
+    hook.remove()
+    assert sizes[:2] == [4, 32] and sizes[-1] < 16, "half of the rows have ended early"
+    lengths = response_mask.sum(1)
+    assert lengths.min() < 3 and lengths.max() > 4
+    for i in range(32):
+        prompt, response = ids[i // 8][mask[i // 8]], responses[i][response_mask[i]]
+        scored = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = scored.gather(1, response[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[i][response_mask[i]], expected, rtol=1e-4, atol=1e-4)
+        assert not set(response[:-1].tolist()) & set(end_ids)
+
+
+def test_sampling_draws_what_multinomial_draws():
+    model, prompt = make_model("llama"), torch.tensor([[1, 2, 3]])
+    responses, *_ = common.rollout(
+        model, prompt, prompt.bool(), 1, [], samples_per_prompt=500, generator=torch.Generator().manual_seed(7)
+    )
+    p = model(prompt).logits[0, -1].log_softmax(-1).exp().expand(500, -1)
+    assert torch.equal(responses, p.multinomial(1, generator=torch.Generator().manual_seed(7)))
+
+
+def gradients(script, tmp_path, *flags):
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        run_main(importlib.import_module(script), *SHORT, "--output-dir", tmp_path, *flags)
+    return steps
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_activation_checkpointing_changes_nothing_but_memory(script, tmp_path):
+    folder = save_checkpoint(tmp_path / "checkpoint", "llama", True)
+    plain = gradients(script, tmp_path, "--model", folder)
+    checkpointed = gradients(script, tmp_path, "--model", folder, "--activation-checkpointing")
+    assert len(plain) == len(checkpointed) > 1
+    for step, expected in zip(checkpointed, plain):
+        torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
+    model, (ids, mask) = make_model(kind), ragged_prompts()
+    kept, settings = [], dict(generator=None, greedy=True)
+    responses, *_ = common.rollout(model, ids, mask, 6, [], **settings)
+
+    def count():
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            return model(ids, attention_mask=mask.long(), use_cache=False).logits.sum()
+
+    count().backward()
+    before, plain = sum(kept), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    common.checkpoint_activations(model)
+    calls = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1]))
+    assert torch.equal(common.rollout(model, ids, mask, 6, [], **settings)[0], responses)
+    assert calls == [5, 1, 1, 1, 1, 1], "a cache is in use"
+    hook.remove()
+    count().backward()
+    assert sum(kept) < 0.6 * before
+    for parameter, expected in zip(model.parameters(), plain):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch):
+    """With a compiler that counts and changes nothing, which takes the time out of it."""
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend=backend))
+    folder = save_checkpoint(tmp_path / "checkpoint", "llama", True)
+    plain, count = gradients(script, tmp_path, "--model", folder), len(compiled)
+    steps = gradients(script, tmp_path, "--model", folder, "--compile")
+    assert count == 0 and 0 < len(compiled) < 20, "compiled for each length of the rollout?"
+    for step, expected in zip(steps, plain, strict=True):
+        torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path, capsys):
+    config = AutoConfig.for_model("mamba", vocab_size=11, hidden_size=16, num_hidden_layers=1, state_size=4)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    common.character_tokenizer("0123456789").save_pretrained(tmp_path / "mamba")
+    with pytest.raises(SystemExit):
+        gradients("reinforce_lm", tmp_path, "--model", tmp_path / "mamba")
+    assert "--model: expected a cache of keys and values" in error_line(capsys)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_diverged_policy_ends_the_run_in_one_line(script, tmp_path, capsys, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "shaped_rewards", lambda scores, logprobs, *_: logprobs * float("nan"))
+    if script == "trpo_lm":  # a gradient that is not finite moves nothing; its critic's ends the run
+        monkeypatch.setattr(module, "whiten", lambda advantages, *_: torch.zeros_like(advantages))
+    with pytest.raises(SystemExit) as stop:
+        gradients(script, tmp_path)
+    assert stop.value.code == 2 and "expected a finite one" in error_line(capsys)
