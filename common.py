@@ -63,12 +63,17 @@ def require(condition, name, expected, found):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn an `InputError` into one line on standard error and exit code 2."""
+    """Turn an `InputError` into one line on standard error and exit code 2; the same for a lost connection, code 3."""
     try:
         yield
-    except InputError as error:
-        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)  # below an open progress bar
-        sys.exit(2)
+    except (InputError, RuntimeError) as error:
+        is_input_error = isinstance(error, InputError)
+        if not is_input_error and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        lost = f"rank {os.environ.get('RANK', 0)} ends because another rank has ended; the cause is with that one: "
+        message = ("" if is_input_error else lost) + str(error)
+        tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # below an open progress bar
+        sys.exit(2 if is_input_error else 3)
 
 
 def parse_flags(args_class, argv=None):

@@ -1,9 +1,11 @@
 """Two gloo processes on the CPU against one."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -55,3 +57,42 @@ def test_statistics_over_ranks_one_of_which_has_no_token(saved):
     for result in two:
         torch.testing.assert_close(result["mean"], one["mean"])
     torch.testing.assert_close(torch.cat([result["white"] for result in two]), one["white"])
+
+
+def torchrun(tmp_path, *flags):
+    """Run reinforce_lm.py on two ranks as the README says; returns the finished process and its seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["reinforce_lm.py", "--device", "cpu", "--batch-size", "32", "--eval-size", "4", "--eval-every", "0"]
+    command += ["--output-dir", tmp_path / "runs", *flags]
+    start = time.time()
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=150)
+    return result, time.time() - start
+
+
+def test_torchrun_with_one_writer(tmp_path):
+    result, _ = torchrun(tmp_path, "--total-episodes", 96)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("final eval_score") == 1 and "on 2 x cpu" in result.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 96
+    resumed, _ = torchrun(tmp_path, "--resume", run_dir)
+    assert resumed.returncode == 0 and resumed.stdout.count("final eval_score") == 1, resumed.stderr
+
+
+@pytest.mark.parametrize(
+    "death, cause, seen",
+    [
+        ("os._exit(7)", "exitcode  : 7", "error: rank 0 ends because another rank has ended"),
+        ("return [None]", "error: --reward", "iteration 3"),
+    ],
+    ids=["killed", "a reward that fails"],
+)
+def test_a_rank_that_dies_ends_the_others_within_a_minute(death, cause, seen, tmp_path):
+    reward = "import os\ncalls = []\ndef score(prompts, responses, **columns):\n    calls.append(1)\n"
+    reward += (
+        f"    if os.environ['RANK'] == '1' and len(calls) == 4:\n        {death}\n    return [0.0] * len(responses)\n"
+    )
+    (tmp_path / "mine.py").write_text(reward)
+    result, seconds = torchrun(tmp_path, "--reward", f"{tmp_path}/mine.py:score", "--total-episodes", 32_000)
+    assert result.returncode != 0 and seconds < 60
+    assert cause in result.stderr and seen in result.stderr, result.stderr
