@@ -1,0 +1,556 @@
+"""How fast the three scripts are, against peers and against each other, as Markdown tables.
+
+    pip install -r requirements.txt -r benchmark/requirements.txt
+    python benchmark/throughput.py                                   # all of it, some 20 minutes on two CPU cores
+    python benchmark/throughput.py --sections rollout --rollout-model DIR
+    python benchmark/throughput.py --sections gpu --shape 1.5B       # on a GPU
+    python benchmark/throughput.py --sections gpu --shape tiny --device cpu --gpu-prompts 4 --gpu-length 8 \\
+        --micro-batch-size 8                                         # tries the code of the section `gpu` without one
+
+All sections but `gpu` run on the CPU. What is compared runs in turn, A B C A B C ..., `--rounds` times, so that a
+machine whose speed drifts slows all of it down. A figure is the median of the rounds, with their range in brackets; a
+ratio is the median of the rounds' ratios. The scripts run as subprocesses and are read from their TensorBoard files. An
+update is timed from the end of the one before to its own end, with everything between: prompts, rewards, logging.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Literal
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models and data are made here
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers.utils import logging as transformers_logging
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
+QWEN2_SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, tied embeddings
+    "tiny": (64, 2, 4, 2, 128, 512, True),
+    "0.5B": (896, 24, 14, 2, 4864, 151_936, True),
+    "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
+    "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
+}
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # floating-point operations per second, dense
+Section = Literal["trl", "rollout", "scripts", "scaling", "ranks", "gpu"]
+
+
+@dataclass
+class Args:
+    sections: tuple[Section, ...] = ("trl", "rollout", "scripts", "scaling", "ranks", "gpu")
+    """what to measure"""
+    rounds: int = 3
+    """times that everything is measured, in turn"""
+    updates: int = 30
+    """updates that are timed in a round"""
+    warmup: int = 5
+    """updates before them that are not"""
+    target: float = 0.9
+    """trl: exact match on held-out prompts at which the race ends"""
+    cap: float = 300.0
+    """trl: seconds after which a run of the race is given up"""
+    race_updates: int = 400
+    """trl: updates over which the learning rate falls to 0 in the race, by default those of a run of the scripts"""
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    """trl: learning rates that each trainer is tried with; reinforce_lm.py runs with its default"""
+    seeds: int = 3
+    """trl: runs of the race; the first chooses the learning rate of each trainer"""
+    eval_every: int = 10
+    """trl: updates between evaluations in the race, which the clock leaves out"""
+    rollout_model: str = ""
+    """rollout: folder of a model to sample from, besides the tiny one"""
+    rollout_responses: int = 32
+    """rollout: responses of --rollout-model, 4 to a prompt of 16 random tokens"""
+    rollout_length: int = 24
+    """rollout: tokens of each of them"""
+    shape: Literal["tiny", "0.5B", "1.5B", "7B"] = "0.5B"
+    """gpu: shape of the model, that of a Qwen2.5 with random weights; tiny is for trying the code"""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """gpu: where it runs; cpu is for trying the code with --shape tiny"""
+    gpu_prompts: int = 64
+    """gpu: prompts of 64 tokens, with 8 responses each"""
+    gpu_length: int = 256
+    """gpu: tokens of a response"""
+    gpu_updates: int = 4
+    """gpu: updates of each script, the first of which is not timed"""
+    micro_batch_size: int = 16
+    """gpu: responses per forward and backward pass of the scripts"""
+
+
+def parse_args():
+    """The flags. A mistake in them is one line on standard error and exit code 2."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            args = tyro.cli(Args)
+        problem = find_problem(args)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = (line.strip("│╭╰╮╯─ ") for line in errors.getvalue().splitlines()[1:])
+        problem = " ".join(line for line in lines if line and not line.startswith("For full help"))
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    return args
+
+
+def find_problem(args):
+    """What is wrong with the flags, in one line, or nothing."""
+    sizes = ("rounds", "updates", "race_updates", "seeds", "eval_every", "rollout_responses", "rollout_length")
+    sizes += ("gpu_prompts", "gpu_length", "gpu_updates", "micro_batch_size")
+    for name in sizes:
+        if getattr(args, name) < 1:
+            return f"--{name.replace('_', '-')}: expected a positive number, found {getattr(args, name)}"
+    missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
+    if "trl" in args.sections and missing:
+        expected = "the packages of benchmark/requirements.txt (pip install -r benchmark/requirements.txt)"
+        return f"--sections trl: expected {expected}, found no {', '.join(missing)}"
+    if args.rollout_model and not Path(args.rollout_model, "config.json").is_file():
+        return f"--rollout-model: expected a folder with a config.json, found {args.rollout_model!r}"
+    if args.gpu_updates < 2 or args.warmup < 0:
+        return "--gpu-updates, --warmup: expected at least 2 and at least 0"
+    if args.rollout_responses % 4:
+        return f"--rollout-responses: expected a multiple of 4, found {args.rollout_responses}"
+    return ""
+
+
+# ===== Runs of the scripts, rounds, tables =====
+
+# Runs a script as `python script.py` would, and prints the memory that it took on the GPU.
+WITH_PEAK = """
+import runpy, sys, torch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("peak", torch.cuda.max_memory_allocated())
+"""
+
+
+def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=None, **flags):
+    """Run a script in a process of its own, with flags by keyword, and read what it logged.
+
+    Returns:
+        A namespace: `seconds` of each update, from end to end but without evaluations; for each update the metrics
+        `iteration`, `rollout` (seconds) and `speed` (tokens per second); `exact` as {updates: exact match}; `model`, a
+        folder; `peak`, bytes on the GPU.
+    """
+    folder = tempfile.mkdtemp(dir=scratch)
+    flags = {"device": "cpu", "eval_every": 0, "save_every": 0, "output_dir": folder, "batch_size": batch_size} | flags
+    flags["total_episodes"] = batch_size * updates
+    command = [sys.executable, "-c", WITH_PEAK]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(ROOT / script), *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"error: {' '.join(command[-len(flags) - 1 :])} failed:\n{result.stderr[-2000:]}")
+    run_dir = next(path for path in Path(folder).iterdir() if path.is_dir())
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0 keeps all
+    events.Reload()
+    names = {"iteration": "iteration_seconds", "rollout": "rollout_seconds", "speed": "tokens_per_second"}
+    run = {name: [event.value for event in events.Scalars(f"time/{tag}")] for name, tag in names.items()}
+    evaluations = {event.step: event for event in events.Scalars("eval/exact")}
+    run["exact"] = {step // batch_size: event.value for step, event in evaluations.items()}
+    logged = events.Scalars("time/iteration_seconds")
+    run["seconds"], mark = [], logged[0].wall_time - logged[0].value
+    for event in logged:
+        run["seconds"].append(event.wall_time - mark)
+        mark = evaluations.get(event.step, event).wall_time
+    peak = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("peak ")]
+    return SimpleNamespace(**run, model=f"{run_dir}/model", peak=peak[0] if peak else 0)
+
+
+def in_turn(calls, rounds):
+    """Call each of `calls`, a dictionary of functions, in turn, `rounds` times: -> {name: list of results}."""
+    results = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            results[name].append(call())
+    return results
+
+
+def spread(values, digits=1):
+    """Median and range, as the tables have them."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratio(values, others):
+    """Median of the ratios of two measurements, round by round."""
+    return f"{median(a / b for a, b in zip(values, others)):.2f}"
+
+
+def print_table(title, header, rows):
+    lines = ["", title, "", f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    print("\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows]), flush=True)
+
+
+def tiny_checkpoint(scratch):
+    """Folder with the random weights of `--model tiny` and its tokenizer, which a step of no length leaves alone."""
+    flags = dict(learning_rate=1e-30, kl_coef=0, eval_size=1)
+    return run_script("reinforce_lm.py", scratch, batch_size=4, updates=1, **flags).model
+
+
+# ===== trl: reinforce_lm.py against RLOOTrainer and GRPOTrainer =====
+
+# As near to reinforce_lm.py and its defaults as the trainers allow. Their own defaults are bfloat16, gradient
+# checkpointing and a learning rate of 1e-6. A batch is generated for each update, and only used for that.
+TRL_SETTINGS = dict(per_device_train_batch_size=256, gradient_accumulation_steps=1, steps_per_generation=1)
+TRL_SETTINGS |= dict(num_generations=4, num_iterations=1, max_completion_length=6, temperature=1.0, top_k=0, top_p=1.0)
+TRL_SETTINGS |= dict(beta=0.02, disable_dropout=True, max_grad_norm=1.0, weight_decay=0.0)
+TRL_SETTINGS |= dict(lr_scheduler_type="linear", warmup_steps=0, use_cpu=True, bf16=False, gradient_checkpointing=False)
+TRL_SETTINGS |= dict(logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
+TRL_SETTINGS |= dict(dataloader_pin_memory=False)
+
+
+def sort_rows(scratch):
+    """The prompts of `--dataset sort` as files, so that all sides train on, and are asked, the same ones.
+
+    Returns:
+        Training rows, 512 held-out rows, and the flags with which a script reads them.
+    """
+    texts = [f"{number:05d}" for number in np.random.default_rng(0).permutation(100_000)[: 2**15]]
+    rows = [{"prompt": text, "reference": "".join(sorted(text))} for text in texts]
+    parts = {"dataset": rows[:-512], "eval_dataset": rows[-512:]}
+    for name, part in parts.items():
+        Path(scratch, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return *parts.values(), {name: f"{scratch}/{name}.jsonl" for name in parts}
+
+
+def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args, target=None):
+    """Train the checkpoint in `folder` with a trainer of TRL, "RLOO" or "GRPO".
+
+    With a `target` greedy responses to `eval_rows` are scored every `args.eval_every` updates, while the clock stands
+    still, and training ends when that share of them is exact or after `args.cap` seconds.
+
+    Returns:
+        seconds of each update, exact match at the last evaluation.
+    """
+    warnings.simplefilter("ignore", FutureWarning)  # about names that the trainers use, not we
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # for evaluations alone
+    prompts = torch.tensor(tokenizer([row["prompt"] for row in eval_rows]).input_ids)
+    seconds, exact = [], [0.0]
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.mark = time.perf_counter()
+
+        def on_step_end(self, _, state, control, model, **__):
+            seconds.append(time.perf_counter() - self.mark)
+            if target and state.global_step % args.eval_every == 0:
+                policy.load_state_dict(model.state_dict())
+                mask, end_ids = torch.ones_like(prompts).bool(), [tokenizer.eos_token_id]
+                responses, mask, _ = common.rollout(policy, prompts, mask, 6, end_ids, greedy=True)
+                ids = [response[real].tolist() for response, real in zip(responses, mask)]
+                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+                exact.append(sum(text == row["reference"] for text, row in zip(texts, eval_rows)) / len(texts))
+                control.should_training_stop |= exact[-1] >= target or sum(seconds) >= args.cap
+            self.mark = time.perf_counter()
+
+    def match(prompts, completions, reference, **_):
+        return common.match_reward(prompts, completions, reference)
+
+    settings = dict(learning_rate=learning_rate, max_steps=updates, seed=seed, output_dir=f"{folder}/trl")
+    config = getattr(trl, f"{name}Config")(**TRL_SETTINGS, **settings)
+    data = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
+    with contextlib.redirect_stdout(io.StringIO()):
+        getattr(trl, f"{name}Trainer")(folder, reward_funcs=match, args=config, **data).train()
+    return seconds, exact[-1]
+
+
+def section_trl(args, scratch):
+    folder = tiny_checkpoint(scratch)
+    rows, eval_rows, files = sort_rows(scratch)
+    trainers, updates = ("RLOO", "GRPO"), args.warmup + args.updates
+    titles = {"ours": "`reinforce_lm.py`"} | {name: f"{name}Trainer of TRL {version('trl')}" for name in trainers}
+
+    def ours(**flags):
+        return run_script("reinforce_lm.py", scratch, model=folder, **files, **flags)
+
+    def theirs(name, **settings):
+        return train_trl(name, folder, rows, eval_rows, args=args, **settings)
+
+    calls = {"ours": lambda: ours(updates=updates).seconds}
+    for name in trainers:
+        calls[name] = lambda name=name: theirs(name, updates=updates, learning_rate=2e-3, seed=1)[0]
+    runs = in_turn(calls, args.rounds)
+    times = {name: [1e3 * median(seconds[args.warmup :]) for seconds in runs[name]] for name in runs}
+    table = [(titles[name], spread(values), ratio(values, times["ours"])) for name, values in times.items()]
+    title = f"**trl**: `sort`, 256 responses of up to 6 tokens per update, float32, medians of {args.updates} updates"
+    print_table(title, ("", "ms per update", "ratio"), table)
+    print("\nBoth trainers:", ", ".join(f"`{name}={value}`" for name, value in TRL_SETTINGS.items()))
+
+    def race(name, learning_rate, seed):
+        """Seconds to the target, infinite if it was not reached; updates; exact match in the end."""
+        if name == "ours":
+            run = ours(updates=args.race_updates, eval_every=args.eval_every, seed=seed)
+            count = min((count for count, exact in run.exact.items() if exact >= args.target), default=None)
+            seconds, exact = run.seconds[:count], run.exact[count or args.race_updates]
+        else:
+            settings = dict(updates=args.race_updates, learning_rate=learning_rate, seed=seed, target=args.target)
+            seconds, exact = theirs(name, **settings)
+        in_time = exact >= args.target and sum(seconds) <= args.cap
+        return sum(seconds) if in_time else float("inf"), len(seconds), exact
+
+    def describe(seconds, count, exact):
+        return f"{seconds:.1f} s, {count} updates" if seconds < float("inf") else f"not reached ({exact:.3f})"
+
+    first = {("ours", "default"): race("ours", None, 1)}
+    first |= {(name, rate): race(name, rate, 1) for name in trainers for rate in args.learning_rates}
+    best = [
+        min((key for key in first if key[0] == name), key=lambda key: (first[key][0], -first[key][2]))
+        for name in titles
+    ]
+    results = {key: [first[key]] for key in best}
+    for seed in range(2, args.seeds + 1):
+        for key in best:
+            results[key].append(race(*key, seed))
+    times = {key: [seconds for seconds, _, _ in runs] for key, runs in results.items()}
+    title = f"**trl**: time to {100 * args.target:.0f} % exact match on 512 held-out prompts, evaluations not counted"
+    table = []
+    for name, rate in best:
+        values, runs = times[name, rate], results[name, rate]
+        figures = f"{median(values):.1f}", ratio(values, times[best[0]])
+        table.append((titles[name], rate, *figures, *(describe(*run) for run in runs)))
+    header = ("", "learning rate", "median s", "ratio", *(f"seed {seed}" for seed in range(1, args.seeds + 1)))
+    print_table(title, header, table)
+    table = [(titles[name], rate, describe(*result)) for (name, rate), result in first.items()]
+    print_table("Learning rates, with seed 1:", ("", "learning rate", ""), table)
+
+
+# ===== rollout: common.rollout against model.generate =====
+
+
+def time_sampling(model, prompts, samples, length, rounds, repeats=1):
+    """Sample `samples` responses of `length` tokens to each of the (N, P) prompts in several ways.
+
+    Returns:
+        Rows of a table: way, tokens per second, how much faster `common.rollout` is, which alone returns
+        log-probabilities.
+    """
+    num_tokens, mask = len(prompts) * samples * length, torch.ones_like(prompts).bool()
+    generator = torch.Generator(prompts.device).manual_seed(1)
+    model.generation_config.eos_token_id = None  # nothing ends a response, and `generate` need not check for it
+    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length, pad_token_id=0)
+
+    def ours():  # no token has the id -1, so no response ends
+        settings = dict(samples_per_prompt=samples, generator=generator)
+        return common.rollout(model, prompts, mask, length, [-1], **settings)[0].numel()
+
+    def generate(**options):
+        config = GenerationConfig(**settings, num_return_sequences=samples, **options)
+        with torch.no_grad():
+            output = model.generate(prompts, attention_mask=mask.long(), generation_config=config)
+        return output[:, prompts.shape[1] :].numel()
+
+    calls = {"`common.rollout`": ours, "`generate`, dynamic cache": generate}
+    calls["`generate`, static cache"] = lambda: generate(cache_implementation="static", disable_compile=True)
+    if prompts.device.type == "cuda":
+        calls["`generate`, static cache, compiled"] = lambda: generate(cache_implementation="static")
+    return speed_rows(calls, num_tokens, rounds, repeats)
+
+
+def speed_rows(calls, num_tokens, rounds, repeats=1):
+    """Rows of a table about `calls`, functions that make and return `num_tokens`. The first is compared to the rest."""
+
+    def speed(call):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return repeats * num_tokens / (time.perf_counter() - start)
+
+    working, failed = {}, []
+    for name, call in calls.items():  # once without the clock, to warm up and to see whether it works here
+        try:
+            found = call()
+            if found != num_tokens:
+                raise ValueError(f"{found} tokens, not {num_tokens}")
+            working[name] = lambda call=call: speed(call)
+        except Exception as error:
+            failed.append((name, f"does not work here ({' '.join(str(error).split())[:100]})", ""))
+    speeds = in_turn(working, rounds)
+    first = next(iter(speeds.values()))
+    return [(name, spread(values, 0), ratio(first, values)) for name, values in speeds.items()] + failed
+
+
+ROLLOUT_HEADER = ("", "tokens/s", "`common.rollout` is faster by")
+
+
+def section_rollout(args, scratch):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(scratch), dtype=torch.float32).eval()
+    rows = time_sampling(model, torch.randint(1, 11, (64, 5)), 4, 6, args.rounds, repeats=20)
+    print_table("**rollout**: tiny model, 64 prompts of 5 tokens, 4 responses of 6 tokens each", ROLLOUT_HEADER, rows)
+    if args.rollout_model:
+        model = AutoModelForCausalLM.from_pretrained(args.rollout_model, dtype=torch.float32).eval()
+        prompts = torch.randint(10, model.config.vocab_size, (args.rollout_responses // 4, 16))
+        rows = time_sampling(model, prompts, 4, args.rollout_length, args.rounds)
+        size = f"{model.num_parameters() / 1e6:.0f}M parameters, float32, {len(prompts)} prompts of 16 tokens"
+        print_table(f"**rollout**: {size}, 4 responses of {args.rollout_length} tokens each", ROLLOUT_HEADER, rows)
+
+
+# ===== scripts, scaling, ranks: the scripts against each other and themselves =====
+
+
+def compare_runs(title, settings, args, scratch, per_token=False):
+    """Run scripts in turn and print a table. `settings` holds the keyword arguments of `run_script` for each row."""
+
+    def measure(setting):
+        run = run_script(scratch=scratch, updates=args.warmup + args.updates, **setting)
+        rest = [whole - rollout for whole, rollout in zip(run.seconds, run.rollout)]
+        tokens = [speed * seconds for speed, seconds in zip(run.speed, run.iteration)]
+        cost = [1e3 * whole / count for whole, count in zip(run.seconds, tokens)]
+        return [1e3 * median(values[args.warmup :]) for values in (run.seconds, run.rollout, rest, cost)]
+
+    calls = {name: lambda setting=setting: measure(setting) for name, setting in settings.items()}
+    columns = {name: list(zip(*rounds)) for name, rounds in in_turn(calls, args.rounds).items()}
+    which = 3 if per_token else 0
+    first = next(iter(columns.values()))[which]
+    rows = [(name, *map(spread, values), ratio(values[which], first)) for name, values in columns.items()]
+    header = ("", "ms per update", "rollout", "the rest", "microseconds per response token", "ratio")
+    print_table(title, header, rows)
+
+
+def section_scripts(args, scratch):
+    settings = {f"`{script}`": dict(script=script) for script in SCRIPTS}
+    compare_runs("**scripts**: default flags, 256 responses per update", settings, args, scratch)
+
+
+def section_scaling(args, scratch):
+    settings = {f"{size} responses": dict(script="reinforce_lm.py", batch_size=size) for size in (64, 256, 1024, 4096)}
+    title = "**scaling**: `reinforce_lm.py` by responses per update; the ratio is that of the cost of a token"
+    compare_runs(title, settings, args, scratch, per_token=True)
+
+
+def section_ranks(args, scratch):
+    processes = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 ranks, 1 thread each": (2, 1)}
+    settings = {name: dict(script=SCRIPTS[0], ranks=ranks, threads=n) for name, (ranks, n) in processes.items()}
+    compare_runs("**ranks**: `reinforce_lm.py`, 256 responses per update in all", settings, args, scratch)
+
+
+# ===== gpu: a large model with random weights =====
+
+
+def qwen2_checkpoint(shape, scratch):
+    """Write a checkpoint of Qwen2 with random weights, and prompts of 64 digits.
+
+    Returns:
+        The model's folder and the file of prompts. The tokenizer is the tiny model's: it knows the first eleven ids,
+        and the text of the others is empty.
+    """
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    size = dict(zip((*names, "vocab_size", "tie_word_embeddings"), QWEN2_SHAPES[shape]))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint(scratch))
+    end = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    torch.manual_seed(1)
+    config = Qwen2Config(**size, **end, max_position_embeddings=4096)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f"{scratch}/qwen2")
+    tokenizer.save_pretrained(f"{scratch}/qwen2")
+    texts = ["".join(map(str, digits)) for digits in np.random.default_rng(1).integers(0, 10, (1024, 64))]
+    lines = [json.dumps({"prompt": text, "reference": text}) + "\n" for text in texts]
+    Path(scratch, "prompts.jsonl").write_text("".join(lines))
+    return f"{scratch}/qwen2", f"{scratch}/prompts.jsonl"
+
+
+def vllm_rows(folder, prompts, length, rounds):
+    """Rows of a table: tokens per second of vLLM, if it is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return [("vLLM", "not installed", "")]
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(folder, dtype="bfloat16", max_model_len=prompts.shape[1] + length)
+    sampling = SamplingParams(n=8, temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": ids} for ids in prompts.tolist()]
+
+    def call():
+        outputs = engine.generate(inputs, sampling, use_tqdm=False)
+        return sum(len(response.token_ids) for output in outputs for response in output.outputs)
+
+    rows = speed_rows({"vLLM": call}, 8 * len(prompts) * length, rounds)
+    return [(name, speed, "") for name, speed, _ in rows]
+
+
+def section_gpu(args, scratch):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("\n**gpu**: needs a GPU, and there is none here (`--shape tiny --device cpu` tries the code)")
+        return
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    peak = next((value for name, value in BF16_PEAK.items() if name in card), None)
+    folder, dataset = qwen2_checkpoint(args.shape, scratch)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device).eval()
+    num_parameters, num_responses = model.num_parameters(), 8 * args.gpu_prompts
+    prompts = torch.randint(0, model.config.vocab_size, (args.gpu_prompts, 64)).to(args.device)
+    rollout_rows = time_sampling(model, prompts, 8, args.gpu_length, args.rounds)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()  # the scripts are other processes, and need the memory
+
+    rows = []
+    for script in SCRIPTS:
+        flags = dict(model=folder, dataset=dataset, dtype="bfloat16", device=args.device, samples_per_prompt=8)
+        flags |= dict(response_length=args.gpu_length, micro_batch_size=args.micro_batch_size, eval_size=8)
+        run = run_script(script, scratch, num_responses, args.gpu_updates, **flags)
+        rollout = median(run.rollout[1:])
+        update = median(whole - part for whole, part in zip(run.iteration[1:], run.rollout[1:]))
+        tokens = median(speed * seconds for speed, seconds in zip(run.speed[1:], run.iteration[1:]))
+        share = f"{100 * 6 * num_parameters * tokens / update / peak:.1f} %" if peak else "n/a"
+        speeds = (f"{tokens / rollout:.0f}", f"{tokens / update:.0f}", share)
+        rows.append((f"`{script}`", f"{rollout:.2f}", f"{update:.2f}", *speeds, f"{run.peak / 2**30:.1f}"))
+    rollout_rows += vllm_rows(folder, prompts, args.gpu_length, args.rounds)  # last, since it may keep the memory
+    size = f"{card}, {num_parameters / 1e6:.1f}M parameters, bfloat16, {args.gpu_prompts} prompts of 64 tokens"
+    size += f", 8 responses of {args.gpu_length} tokens each"
+    print_table(f"**gpu**: rollout, {size}", ROLLOUT_HEADER, rollout_rows)
+    header = (
+        "",
+        "rollout s",
+        "update s",
+        "rollout tokens/s",
+        "update tokens/s",
+        "share of bf16 peak",
+        "peak memory GiB",
+    )
+    print_table(f"**gpu**: scripts, {size}, `--micro-batch-size {args.micro_batch_size}`", header, rows)
+    print("\nThe update is all but the rollout. Tokens are those of the responses. The share counts 6 x parameters x")
+    print("tokens operations: one forward and backward pass, and no other pass of the update, nor the prompts.")
+
+
+def main(args):
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    packages = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(f"Python {sys.version.split()[0]}, {versions}, {torch.get_num_threads()} CPU threads, {time.strftime('%F')}")
+    for section in args.sections:
+        with tempfile.TemporaryDirectory() as scratch:
+            globals()[f"section_{section}"](args, scratch)
+
+
+if __name__ == "__main__":
+    main(parse_args())
