@@ -36,7 +36,8 @@ def error_line(capsys):
 def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
     """A causal language model with loud random weights, so that its distribution is far from uniform."""
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2, **settings)
+        size = dict(n_positions=32, n_embd=16, n_layer=2, n_head=2)
+        config = GPT2Config(vocab_size=vocab_size, **(size | settings))
     else:
         size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
         config = LlamaConfig(

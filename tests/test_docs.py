@@ -3,10 +3,15 @@
 import ast
 import difflib
 import importlib
+import json
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, run_main
+
+import common
 
 README = (ROOT / "README.md").read_text()
 SOURCES = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
@@ -84,7 +89,7 @@ def test_readme_explains_no_flag_or_metric_that_is_gone():
     }
     negated = {"--no-" + flag[2:] for flag in flags}
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
-        assert flag in flags | negated | {"--nproc-per-node", "--logdir", "--help"}, flag
+        assert flag in flags | negated | {"--nproc-per-node", "--logdir", "--help", "--sections"}, flag
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -98,6 +103,70 @@ def test_every_equation_has_one_anchor(script):
         int(n) for line in code.splitlines() if "# " in line for n in re.findall(r"\((\d+)\)", line.split("# ", 1)[1])
     ]
     assert sorted(anchors) == equations
+
+
+def enclosing_function(script, line_number):
+    """Name of the top-level function or class that a line of a script belongs to."""
+    for node in ast.parse(SOURCES[script]).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno <= line_number <= node.end_lineno:
+            return node.name
+
+
+def test_the_table_of_formulas_points_to_their_lines():
+    table = README.split("## From the formula to the line")[1].split("## ")[0]
+    rows = re.findall(r"^\| .+ \| .+ \| `(\w+)\.py` \| (.+) \| `(\w+)` \|$", table, flags=re.MULTILINE)
+    assert len(rows) == table.count("\n| ") - 2  # header and rule
+    listed = set()
+    for script, equations, function in rows:
+        for equation in re.findall(r"\(\d+\)", equations):
+            lines = [
+                i
+                for i, line in enumerate(SOURCES[script].splitlines(), 1)
+                if re.search(f"# .*{re.escape(equation)}", line)
+            ]
+            assert [enclosing_function(script, line) for line in lines] == [function], (script, equation)
+            listed.add((script, equation))
+    for script in SCRIPTS:  # equations of PPO and TRPO that another script's row explains are not listed again
+        equations = re.findall(r"^    (\(\d+\)) ", ast.get_docstring(ast.parse(SOURCES[script])), flags=re.MULTILINE)
+        first_own = {"reinforce_lm": 1, "ppo_lm": 3, "trpo_lm": 6}[script]
+        own = {(script, e) for e in equations if int(e[1:-1]) >= first_own}
+        assert own - listed <= {("trpo_lm", "(12)")}, "an equation that is not in the table"
+
+
+def test_every_detail_names_a_test_that_exists():
+    table = README.split("## Details that matter")[1].split("## ")[0]
+    names = re.findall(r"\| `(test_\w+)` \|$", table, flags=re.MULTILINE)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(names) == table.count("\n| ") - 2 > 20
+    for name in names:
+        assert f"def {name}(" in tests, name
+
+
+def code_block(first_line):
+    """The indented block of the README that starts with this line, without the indentation."""
+    block = README.split(f"\n    {first_line}")[1]
+    return first_line + re.split(r"\n(?=\S)", block)[0].replace("\n    ", "\n")
+
+
+def test_the_chat_recipe_runs(tmp_path, model_folder):
+    (tmp_path / "chat.py").write_text(code_block("# chat.py"))
+    (tmp_path / "gsm8k.py").write_text(code_block("# gsm8k.py"))
+    rows = [{"question": f"{i}+{i}", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(30)]
+    command, text = [sys.executable, tmp_path / "chat.py"], "\n".join(map(json.dumps, rows))
+    chat = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "chat.jsonl").write_text(chat)
+    assert len(chat.splitlines()) == 29 and json.loads(chat.splitlines()[0])["reference"] == "2"
+    verify = common.load_reward(f"{tmp_path}/gsm8k.py:verify")
+    assert verify(None, ["so #### 1,200", "#### 3.", "#### 5", "12"], ["1200", "3", "4", "12"]) == [1, 1, 0.1, 0]
+    folder = model_folder("gpt2", characters="0123456789+=#\n ", n_positions=64)
+    tokenizer = common.load_tokenizer(folder, [])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    flags = ["--model", folder, "--dataset", tmp_path / "chat.jsonl", "--reward", f"{tmp_path}/gsm8k.py:verify"]
+    flags += ["--total-episodes", 64, "--batch-size", 32, "--device", "cpu", "--output-dir", tmp_path / "runs"]
+    run_main(importlib.import_module("reinforce_lm"), *flags)
+    (summary,) = tmp_path.glob("runs/*/summary.json")
+    assert 0 <= json.loads(summary.read_text())["eval_score"] <= 1
 
 
 def kept_share(first, second):
