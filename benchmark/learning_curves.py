@@ -1,7 +1,7 @@
 """Learning curves: train each script with several seeds, then draw docs/NAME.png and write the table docs/NAME.md.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/learning_curves.py             # task `sort`, nine runs, offline: a quarter of an hour on two cores
+    python benchmark/learning_curves.py             # task `sort`, nine runs, offline: eleven minutes on two cores
     python benchmark/learning_curves.py --reuse     # draw those runs again
     python benchmark/learning_curves.py --name reviews --output-dir runs/reviews --seeds 1 --eval-every 5 \\
         --flags="--model DIR --dataset FILE.jsonl --reward FILE.py:function"                         # another task
