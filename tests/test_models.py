@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import types
 
 import pytest
 import torch
@@ -103,11 +104,12 @@ def test_the_pass_of_one_token_can_be_replayed(kind, monkeypatch):
         trace = make_fx(lambda: replayed.forward())()
         for x, old in zip([*moving, *[y.keys for y in layers], *[y.values for y in layers]], state, strict=True):
             x.copy_(old)  # tracing has run the pass, capturing does not
+        replayed.captures = True
+        replayed.graph = types.SimpleNamespace(replay=lambda: setattr(replayed, "logits", trace()))
         for t in range(6):
-            replayed.tokens.copy_(tokens[:, t, None])
-            replayed.positions.add_(1)
+            replayed.step(tokens[:, t, None])
             plain.step(tokens[:, t, None])
-            torch.testing.assert_close(trace(), plain.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(replayed.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice():
@@ -192,12 +194,24 @@ def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch)
         compiled.append(graph)
         return graph.forward
 
+    def eagerly(function):
+        def checked(*args, **settings):
+            before = len(compiled)
+            result = function(*args, **settings)
+            assert len(compiled) == before
+            return result
+
+        return checked
+
+    monkeypatch.setattr(common, "rollout", eagerly(common.rollout))
+    product = eagerly(importlib.import_module("trpo_lm").fisher_vector_product)
+    monkeypatch.setattr(importlib.import_module("trpo_lm"), "fisher_vector_product", product)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend=backend))
     folder = save_checkpoint(tmp_path / "checkpoint", "llama", True)
     plain, count = gradients(script, tmp_path, "--model", folder), len(compiled)
     steps = gradients(script, tmp_path, "--model", folder, "--compile")
-    assert count == 0 and 0 < len(compiled) < 20, "compiled for each length of the rollout?"
+    assert count == 0 and len(compiled) > 0
     for step, expected in zip(steps, plain, strict=True):
         torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
 

@@ -154,6 +154,8 @@ def test_token_statistics_and_their_gradient_are_those_of_autograd(vocab_size):
     logits.requires_grad_()
     tokens = torch.randint(vocab_size, (2, 3), generator=generator)
     weights = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    for piece, _ in common.TokenStatistics.pieces(logits, tokens):
+        assert piece.numel() <= max(2**22, vocab_size), "temporary tensors are small"
     categorical = torch.distributions.Categorical(logits=logits)
     expected = torch.stack([categorical.log_prob(tokens), categorical.entropy()])
     found = torch.stack(common.token_statistics(logits, tokens))

@@ -54,6 +54,19 @@ def test_scores_are_the_logits_of_single_texts(classifier):
     torch.testing.assert_close(clipped, torch.stack(expected).clamp(-0.01, 0.01), rtol=1e-4, atol=1e-5)
 
 
+def test_a_decoder_without_a_padding_token_scores_batches(classifier, tmp_path):
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(classifier),
+        common.load_tokenizer(classifier, []),
+    )
+    model.config.pad_token_id = tokenizer.pad_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pairs = ["12", "345", "7"], ["777", "", "1234567"]
+    scores = [common.load_reward(f"model:{folder}")(*pairs) for folder in (classifier, tmp_path)]
+    torch.testing.assert_close(*scores)
+
+
 def test_the_policy_learns_to_please_it(classifier, tmp_path):
     flags = ["--reward", f"model:{classifier}", "--total-episodes", 64 * 60, "--batch-size", 64, "--eval-size", 32]
     flags += ["--learning-rate", 5e-3, "--device", "cpu", "--eval-every", 0, "--save-every", 0, "--reward-clip", 3]

@@ -168,6 +168,10 @@ def test_samples_of_a_prompt_differ_and_a_rerun_is_the_same():
     assert torch.equal(responses, sample(1, 5, 0))
     for other in ((2, 5, 0), (1, 6, 0), (1, 5, 1)):  # seed, iteration, rank
         assert not torch.equal(responses, sample(*other))
+    shuffle = common.make_generator("cpu", 1, 5, 0, 0)  # seed, iteration, rank, epoch
+    assert not torch.equal(
+        torch.rand(9, generator=shuffle), torch.rand(9, generator=common.make_generator("cpu", 1, 5, 0))
+    )
     for group in responses.view(4, 8, 6):
         assert len({tuple(row.tolist()) for row in group}) > 1
     chunked = sample(1, 5, 0, rollout_batch_size=8)

@@ -110,6 +110,16 @@ def test_no_fused_attention_inside_a_product_and_only_there(monkeypatch):
         fused.product(v)
 
 
+def test_products_of_a_compiled_policy_are_not_compiled():
+    case, compiled = Batch(attention="sdpa"), []
+    expected = case.product(case.vector(1))
+    case.policy.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    torch.testing.assert_close(case.product(case.vector(1)), expected)
+    assert not compiled
+    case.logits()
+    assert compiled
+
+
 def spd(size=12, seed=0, condition=50.0):
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
