@@ -76,8 +76,25 @@ def one_line_errors():
         sys.exit(2 if is_input_error else 3)
 
 
+def parse_command_line(args_class, argv=None, default=None):
+    """Parse the command line with tyro into an instance of the dataclass `args_class`.
+
+    Raises:
+        InputError: for an unknown flag or a value that does not parse.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(args_class, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│╭╰╮╯─ ") for line in errors.getvalue().splitlines()[1:]]
+        raise InputError(" ".join(line for line in lines if line and not line.startswith("For full help"))) from None
+
+
 def parse_flags(args_class, argv=None):
-    """Parse the command line with tyro.
+    """Parse the command line of a script.
 
     With `--resume RUN_DIR` the flags of that run are the defaults, so that nothing else has to be repeated.
 
@@ -87,26 +104,12 @@ def parse_flags(args_class, argv=None):
     Raises:
         InputError: for an unknown flag or a value that does not parse.
     """
-
-    def parse(default):
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(args_class, args=argv, default=default)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            lines = [line.strip("│╭╰╮╯─ ") for line in errors.getvalue().splitlines()[1:]]
-            raise InputError(
-                " ".join(line for line in lines if line and not line.startswith("For full help"))
-            ) from None
-
-    args = parse(None)
+    args = parse_command_line(args_class, argv)
     if not args.resume:
         return args, None
     checkpoint = load_checkpoint(args.resume)
     known = {name: value for name, value in checkpoint["args"].items() if hasattr(args, name)}
-    return parse(args_class(**known)), checkpoint
+    return parse_command_line(args_class, argv, args_class(**known)), checkpoint
 
 
 # ===== Runs: ranks, randomness, checkpoints =====

@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
@@ -100,19 +99,11 @@ class Args:
 
 def parse_args():
     """The flags. A mistake in them is one line on standard error and exit code 2."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            args = tyro.cli(Args)
+    with common.one_line_errors():
+        args = common.parse_command_line(Args)
         problem = find_problem(args)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = (line.strip("│╭╰╮╯─ ") for line in errors.getvalue().splitlines()[1:])
-        problem = " ".join(line for line in lines if line and not line.startswith("For full help"))
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        if problem:
+            raise common.InputError(problem)
     return args
 
 
@@ -235,8 +226,7 @@ def sort_rows(scratch):
     Returns:
         Training rows, 512 held-out rows, and the flags with which a script reads them.
     """
-    texts = [f"{number:05d}" for number in np.random.default_rng(0).permutation(100_000)[: 2**15]]
-    rows = [{"prompt": text, "reference": "".join(sorted(text))} for text in texts]
+    rows, _ = common.load_rows("sort", "--dataset")
     parts = {"dataset": rows[:-512], "eval_dataset": rows[-512:]}
     for name, part in parts.items():
         Path(scratch, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -272,9 +262,9 @@ def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args,
                 policy.load_state_dict(model.state_dict())
                 mask, end_ids = torch.ones_like(prompts).bool(), [tokenizer.eos_token_id]
                 responses, mask, _ = common.rollout(policy, prompts, mask, 6, end_ids, greedy=True)
-                ids = [response[real].tolist() for response, real in zip(responses, mask)]
-                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                exact.append(sum(text == row["reference"] for text, row in zip(texts, eval_rows)) / len(texts))
+                texts = common.decode(tokenizer, responses, mask)
+                found = common.exact_reward(None, texts, [row["reference"] for row in eval_rows])
+                exact.append(sum(found) / len(found))
                 control.should_training_stop |= exact[-1] >= target or sum(seconds) >= args.cap
             self.mark = time.perf_counter()
 
