@@ -76,7 +76,7 @@ def one_line_errors():
         sys.exit(2 if is_input_error else 3)
 
 
-def parse_command_line(args_class, argv=None, default=None):
+def parse_command_line(args_class, argv=None, default=None, description=None):
     """Parse the command line with tyro into an instance of the dataclass `args_class`.
 
     Raises:
@@ -85,7 +85,7 @@ def parse_command_line(args_class, argv=None, default=None):
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_class, args=argv, default=default)
+            return tyro.cli(args_class, args=argv, default=default, description=description)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -23,12 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"reinforce_lm": "#0072B2", "ppo_lm": "#D55E00", "trpo_lm": "#009E73"}  # the colour-blind tell them apart
@@ -51,12 +54,6 @@ class Args:
     """name of the picture and the table in docs/"""
     reuse: bool = False
     """train nothing, and draw the newest finished run of each script and seed in --output-dir"""
-
-
-def fail(message):
-    """One line on standard error and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def git_commit():
@@ -87,7 +84,7 @@ def train(script, seed, args):
     process = subprocess.run(argv, capture_output=True, text=True)
     if process.returncode:
         last_line = (process.stderr.splitlines() or ["nothing on standard error"])[-1]
-        fail(f"{command} {seed}: exit code {process.returncode}, {last_line}")
+        raise common.InputError(f"{command} {seed}: exit code {process.returncode}, {last_line}")
     facts |= {"seconds": time.time() - start, "torch": torch.__version__}
     facts["machine"] = machine(on_gpu=" x cuda" in process.stdout)
     print(process.stdout.splitlines()[-1], flush=True)
@@ -99,7 +96,9 @@ def find_run(script, seed, output_dir):
     runs = [path.parent for path in Path(output_dir).glob(f"{script}__*/summary.json")]
     runs = [run for run in runs if run.name.split("__")[-2] == str(seed)]
     if not runs:
-        fail(f"--output-dir: expected a finished run of {script} with seed {seed} in {output_dir}, found none")
+        raise common.InputError(
+            f"--output-dir: expected a finished run of {script} with seed {seed} in {output_dir}, found none"
+        )
     return max(runs, key=lambda run: run.name.split("__")[-1])
 
 
@@ -214,7 +213,7 @@ How it was measured; N stands for the seed:
 def main(args):
     os.chdir(ROOT)
     if args.reuse and args.flags:
-        fail("--flags: expected none with --reuse, which trains nothing")
+        raise common.InputError("--flags: expected none with --reuse, which trains nothing")
     runs = {}
     for script in args.scripts:
         if not args.reuse:
@@ -222,7 +221,9 @@ def main(args):
                 train(script, seed, args)
         runs[script] = [read_run(find_run(script, seed, args.output_dir)) for seed in args.seeds]
         if len({tuple(run["episodes"]) for run in runs[script]}) != 1:
-            fail(f"--reuse: expected runs of {script} with evaluations at the same episodes, found different ones")
+            raise common.InputError(
+                f"--reuse: expected runs of {script} with evaluations at the same episodes, found different ones"
+            )
     Path("docs").mkdir(exist_ok=True)
     draw(runs, f"docs/{args.name}.png")
     Path(f"docs/{args.name}.md").write_text(report(runs, args.seeds), encoding="utf-8")
@@ -230,4 +231,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with common.one_line_errors():
+        main(common.parse_command_line(Args, description=__doc__))
