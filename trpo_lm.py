@@ -538,6 +538,7 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
         curved = torch.add(curved, direction, alpha=damping)
         x.add_(direction, alpha=norm / curvature)  # (9)
         residual.sub_(curved, alpha=norm / curvature)
+        del curved  # (D,), before the next product makes its own
         old_norm, norm = norm, dot(residual, residual)
         direction.mul_(norm / old_norm).add_(residual)
     return x, damping, (norm / start) ** 0.5, iters
