@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import common
 
@@ -33,16 +33,21 @@ def error_line(capsys):
     return line
 
 
+SIZE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+SIZE |= dict(max_position_embeddings=32, head_dim=8)
+SHAPES = {
+    "gpt2": dict(n_positions=32, n_embd=16, n_layer=2, n_head=2),
+    "llama": SIZE,
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "gemma2": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),  # logits and scores are capped
+    "gemma3_text": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),
+}
+
+
 def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
     """A causal language model with loud random weights, so that its distribution is far from uniform."""
-    if kind == "gpt2":
-        size = dict(n_positions=32, n_embd=16, n_layer=2, n_head=2)
-        config = GPT2Config(vocab_size=vocab_size, **(size | settings))
-    else:
-        size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-        config = LlamaConfig(
-            vocab_size=vocab_size, num_key_value_heads=1, max_position_embeddings=32, **size, **settings
-        )
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **(SHAPES[kind] | settings))
     config.bos_token_id = config.eos_token_id = 0
     config.pad_token_id = pad_token_id
     torch.manual_seed(seed)

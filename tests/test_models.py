@@ -7,50 +7,26 @@ import types
 
 import pytest
 import torch
-from conftest import SCRIPTS, error_line, recorded_gradients, run_main
+from conftest import SCRIPTS, SHAPES, error_line, recorded_gradients, run_main, tiny_model
+from test_rollout import ragged_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 import common
 
-SIZE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-SIZE |= dict(max_position_embeddings=32, head_dim=8)
-SHAPES = {
-    "gpt2": dict(n_positions=32, n_embd=16, n_layer=2, n_head=2),
-    "llama": SIZE,
-    "qwen2": SIZE,
-    "qwen3": SIZE,
-    "gemma2": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),  # logits and scores are capped
-    "gemma3_text": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),
-}
 FULL_ATTENTION = ["gpt2", "llama", "qwen2", "qwen3"]
 SHORT = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--device", "cpu", "--save-every", 0]
 
 
-def make_model(kind, tied=True, vocab_size=11):
-    config = AutoConfig.for_model(kind, vocab_size=vocab_size, tie_word_embeddings=tied, **SHAPES[kind])
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)  # far from uniform
-    return model
-
-
-def save_checkpoint(folder, kind, tied):
-    tokenizer = common.character_tokenizer("0123456789")
-    make_model(kind, tied, len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def make_model(kind):
+    return tiny_model(kind, vocab_size=11, pad_token_id=0)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_shapes_end_to_end(script, kind, tied, tmp_path):
-    folder = save_checkpoint(tmp_path / "checkpoint", kind, tied)
+def test_shapes_end_to_end(script, kind, tied, tmp_path, model_folder):
+    folder = model_folder(kind, pad_token_id=0, tie_word_embeddings=tied)
     with recorded_gradients(torch.optim.AdamW) as steps:
         run_main(importlib.import_module(script), *SHORT, "--model", folder, "--output-dir", tmp_path / "runs")
     assert steps and all(step.isfinite().all() and step.norm() > 0 for step in steps)
@@ -62,17 +38,10 @@ def test_shapes_end_to_end(script, kind, tied, tmp_path):
     assert (after.get_input_embeddings().weight is output_after) == tied
 
 
-def ragged_prompts():
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 11, (4, 5), generator=generator)
-    mask = torch.arange(5) >= torch.tensor([0, 2, 4, 1])[:, None]
-    return ids.where(mask, 0), mask
-
-
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_cache_of_fixed_size_gives_the_logits_of_full_forwards(kind):
     """Rows repeat, prompts are ragged, and halfway all but two rows are dropped."""
-    model, (ids, mask) = make_model(kind), ragged_prompts()
+    model, (_, ids, mask) = make_model(kind), ragged_prompts(0)
     tokens = torch.randint(1, 11, (8, 6), generator=torch.Generator().manual_seed(2))
     for fixed_size in (False, True):
         with torch.no_grad():
@@ -94,7 +63,7 @@ def test_the_pass_of_one_token_can_be_replayed(kind, monkeypatch):
     """What a CUDA graph asks for, on a CPU: a trace of one pass, with every Python number in it frozen, is right at
     the next positions too, and no tensor's value was asked for while it was recorded (a trace refuses that)."""
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as transformers does while a stream is captured
-    model, (ids, mask) = make_model(kind), ragged_prompts()
+    model, (_, ids, mask) = make_model(kind), ragged_prompts(0)
     tokens = torch.randint(1, 11, (8, 6), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         replayed, plain = [common.Decoder(model, ids, mask, 2, 7, True) for _ in range(2)]
@@ -113,7 +82,7 @@ def test_the_pass_of_one_token_can_be_replayed(kind, monkeypatch):
 
 
 def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice():
-    model, (ids, mask), sizes = make_model("llama"), ragged_prompts(), []
+    model, (_, ids, mask), sizes = make_model("llama"), ragged_prompts(0), []
     end_ids = [0, 3, 5]
 
     def sample(**settings):
@@ -150,8 +119,8 @@ def gradients(script, tmp_path, *flags):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_activation_checkpointing_changes_nothing_but_memory(script, tmp_path):
-    folder = save_checkpoint(tmp_path / "checkpoint", "llama", True)
+def test_activation_checkpointing_changes_nothing_but_memory(script, tmp_path, model_folder):
+    folder = model_folder("llama", pad_token_id=0, tie_word_embeddings=True)
     plain = gradients(script, tmp_path, "--model", folder)
     checkpointed = gradients(script, tmp_path, "--model", folder, "--activation-checkpointing")
     assert len(plain) == len(checkpointed) > 1
@@ -161,7 +130,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(script, tmp_path):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
-    model, (ids, mask) = make_model(kind), ragged_prompts()
+    model, (_, ids, mask) = make_model(kind), ragged_prompts(0)
     kept, settings = [], dict(generator=None, greedy=True)
     responses, *_ = common.rollout(model, ids, mask, 6, [], **settings)
 
@@ -186,7 +155,7 @@ def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch):
+def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch, model_folder):
     """With a compiler that counts and changes nothing, which takes the time out of it."""
     torch.compiler.reset()  # what other tests compiled counts against a limit
     compiled = []
@@ -209,7 +178,7 @@ def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch)
     monkeypatch.setattr(importlib.import_module("trpo_lm"), "fisher_vector_product", product)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend=backend))
-    folder = save_checkpoint(tmp_path / "checkpoint", "llama", True)
+    folder = model_folder("llama", pad_token_id=0, tie_word_embeddings=True)
     plain, count = gradients(script, tmp_path, "--model", folder), len(compiled)
     steps = gradients(script, tmp_path, "--model", folder, "--compile")
     assert count == 0 and len(compiled) > 0
