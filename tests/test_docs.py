@@ -39,6 +39,21 @@ def test_shared_sections_are_the_same_to_the_byte():
             assert shared[script][banner] == text, f"{script}: {banner}"
 
 
+def test_ppo_and_trpo_have_the_same_critic_and_advantages():
+    """A paper's box on either would mention them, so each script has them; only the number of an equation differs."""
+    ppo, trpo = [
+        {
+            node.name: re.sub(r"# \(\d+\)", "# (k)", ast.get_source_segment(SOURCES[script], node))
+            for node in ast.parse(SOURCES[script]).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        for script in ("ppo_lm", "trpo_lm")
+    ]
+    different = {name for name in ppo.keys() & trpo.keys() if ppo[name] != trpo[name]}
+    assert different == {"Args", "check_algorithm_args", "main"}
+    assert {"Critic", "batched_values", "generalized_advantages", "exact_kl", "value_loss"} <= ppo.keys() & trpo.keys()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_none_is_written(script):
     tree = ast.parse(SOURCES[script])
