@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import numbers
@@ -25,7 +26,7 @@ import os
 import re
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,55 @@ def parse_flags(args_class, argv=None):
     return parse_command_line(args_class, argv, args_class(**known)), checkpoint
 
 
+def flag(name):
+    """total_episodes -> --total-episodes"""
+    return "--" + name.replace("_", "-")
+
+
+def check_args(args, world_size):
+    """Raise `InputError` for the first flag that all scripts have with a value that makes no sense."""
+    for name in ("total_episodes", "batch_size", "samples_per_prompt", "prompt_length", "response_length", "eval_size"):
+        require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
+    for name in ("micro_batch_size", "rollout_batch_size", "save_every", "eval_every", "kl_coef", "kl_target"):
+        require(getattr(args, name) >= 0, flag(name), "0 or more", getattr(args, name))
+    require(args.reward_clip >= 0, "--reward-clip", "0 or more", args.reward_clip)
+    for name in ("temperature", "kl_horizon"):
+        require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
+    require(0 < args.gamma <= 1, "--gamma", "more than 0 and at most 1", args.gamma)
+    require(args.seed >= 0, "--seed", "0 or more", args.seed)
+    require(args.kl_coef or not args.kl_target, "--kl-target", "a positive --kl-coef to adapt", args.kl_coef)
+    expected = f"more than a fifth of --batch-size ({args.batch_size}), or beta could become negative"
+    require(not args.kl_target or 5 * args.kl_horizon > args.batch_size, "--kl-horizon", expected, args.kl_horizon)
+    require(args.total_episodes >= args.batch_size, "--total-episodes", "at least --batch-size", args.total_episodes)
+    k, per_rank = args.samples_per_prompt, args.batch_size // world_size
+    multiple = f"a multiple of --samples-per-prompt times ranks ({k} x {world_size})"
+    require(args.batch_size % (k * world_size) == 0, "--batch-size", multiple, args.batch_size)
+    multiple = f"a divisor of the {per_rank} responses of a rank"
+    require(per_rank % (args.micro_batch_size or 1) == 0, "--micro-batch-size", multiple, args.micro_batch_size)
+    require(args.rollout_batch_size % k == 0, "--rollout-batch-size", f"a multiple of {k}", args.rollout_batch_size)
+
+
+# Flags that a resumed run may change: they bound memory, or say where and when to write.
+CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
+CHANGEABLE |= {"activation_checkpointing", "compile", "cuda_graph"}
+
+
+def check_resume(args, checkpoint, script, world_size):
+    """Raise `InputError` if the checkpoint is another script's, or a flag or the ranks make it another run."""
+    require(checkpoint["script"] == script, "--resume", f"a run of {script}", checkpoint["script"])
+    ranks = checkpoint["world_size"]
+    require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
+    is_annealed = any(value for name, value in asdict(args).items() if name.startswith("anneal"))
+    changeable = CHANGEABLE | (set() if is_annealed else {"total_episodes"})
+    done = checkpoint["iteration"] * args.batch_size
+    require(
+        args.total_episodes >= done, "--total-episodes", f"at least the {done} of {args.resume}", args.total_episodes
+    )
+    for name, value in asdict(args).items():
+        saved = checkpoint["args"].get(name)
+        require(value == saved or name in changeable, flag(name), f"{saved!r} as in {args.resume}", value)
+
+
 # ===== Runs: ranks, randomness, checkpoints =====
 
 
@@ -148,6 +198,25 @@ def all_reduce(tensor):
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor
+
+
+def all_reduce_in_place(tensors, bucket_size=2**25):
+    """Replace each tensor by its sum over all ranks.
+
+    They travel in flat copies of at most `bucket_size` numbers, or one tensor: few calls, and little more memory.
+    """
+    buckets, room = [], 0
+    for tensor in tensors if dist.is_initialized() else []:
+        if tensor.numel() > room:
+            buckets.append([])
+            room = bucket_size
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    for bucket in buckets:
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def make_generator(device, *key):
@@ -750,7 +819,8 @@ def rollout(
 
 def decode(tokenizer, responses, response_mask):
     """Texts of (B, R) responses without special tokens: for the reward and the reader, never to be encoded again."""
-    tokens = [row[mask].tolist() for row, mask in zip(responses.cpu(), response_mask.cpu())]
+    rows = zip(responses.tolist(), response_mask.tolist())
+    tokens = [list(itertools.compress(row, mask)) for row, mask in rows]
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
@@ -829,8 +899,9 @@ class RewardModel:
         if self.model.config.pad_token_id is None:  # a decoder's score is that of the last token that is no padding
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(positions or math.inf, self.tokenizer.model_max_length)
-        self.logit, self.batch_size, self.device = logit, batch_size, device
+        self.max_length = int(min(positions or math.inf, self.tokenizer.model_max_length, 2**30))
+        self.name, self.logit, self.batch_size, self.device = name, logit, batch_size, device
+        self.has_warned = False
 
     def text(self, prompt, response):
         """What the classifier reads."""
@@ -841,16 +912,22 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts, responses, **columns):
+        """Texts -> (B,) fp32 scores. Of a text that is too long for the model the last tokens are read."""
         scores = []
         for start in range(0, len(responses), self.batch_size):
             batch = slice(start, start + self.batch_size)
             texts = [self.text(*pair) for pair in zip(prompts[batch], responses[batch])]
             is_text = isinstance(prompts[start], str)  # the chat template has written the special tokens already
+            longest = max(map(len, self.tokenizer(texts, add_special_tokens=is_text, verbose=False).input_ids))
+            if longest > self.max_length and not self.has_warned:
+                reads = f"reads the last {self.max_length} tokens of a text, found one of {longest} (said once)"
+                tqdm.write(f"  warning: --reward model:{self.name} {reads}", file=sys.stderr)
+                self.has_warned = True
             inputs = self.tokenizer(
                 texts,
                 padding=True,
                 truncation=True,
-                max_length=int(min(self.max_length, 2**30)),
+                max_length=self.max_length,
                 add_special_tokens=is_text,
                 return_tensors="pt",
             ).to(self.device)

@@ -76,7 +76,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
-from common import all_reduce, make_generator, require
+from common import all_reduce, flag, make_generator, require
 
 
 # ===== Arguments (shared by all three scripts) =====
@@ -266,7 +266,7 @@ def mean(values):
     return masked_mean(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def all_reduce_gradients(model, max_grad_norm):
+def sum_and_clip_gradients(model, max_grad_norm):
     """Sum the gradients of all ranks in place, and clip their length to `max_grad_norm`.
 
     Losses are divided by counts over all ranks, so no mean is taken.
@@ -277,61 +277,12 @@ def all_reduce_gradients(model, max_grad_norm):
         InputError: if a gradient is not finite.
     """
     for parameter in model.parameters():
-        if dist.is_initialized() and parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
+        if parameter.grad is None:  # an expert that no token of this rank went through
+            parameter.grad = torch.zeros_like(parameter)
+    common.all_reduce_in_place([parameter.grad for parameter in model.parameters()])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     require(norm.isfinite(), f"gradient of the {type(model).__name__}", "a finite one; try a lower rate", norm.item())
     return norm
-
-
-# Flags that a resumed run may change: they bound memory, or say where and when to write.
-CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
-CHANGEABLE |= {"activation_checkpointing", "compile", "cuda_graph"}
-
-
-def check_args(args, world_size):
-    """Raise `InputError` for the first flag with a value that makes no sense."""
-    for name in ("total_episodes", "batch_size", "samples_per_prompt", "prompt_length", "response_length", "eval_size"):
-        require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
-    for name in ("micro_batch_size", "rollout_batch_size", "save_every", "eval_every", "kl_coef", "kl_target"):
-        require(getattr(args, name) >= 0, flag(name), "0 or more", getattr(args, name))
-    require(args.reward_clip >= 0, "--reward-clip", "0 or more", args.reward_clip)
-    for name in ("temperature", "kl_horizon"):
-        require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
-    require(0 < args.gamma <= 1, "--gamma", "more than 0 and at most 1", args.gamma)
-    require(args.seed >= 0, "--seed", "0 or more", args.seed)
-    require(args.kl_coef or not args.kl_target, "--kl-target", "a positive --kl-coef to adapt", args.kl_coef)
-    expected = f"more than a fifth of --batch-size ({args.batch_size}), or beta could become negative"
-    require(not args.kl_target or 5 * args.kl_horizon > args.batch_size, "--kl-horizon", expected, args.kl_horizon)
-    require(args.total_episodes >= args.batch_size, "--total-episodes", "at least --batch-size", args.total_episodes)
-    k, per_rank = args.samples_per_prompt, args.batch_size // world_size
-    multiple = f"a multiple of --samples-per-prompt times ranks ({k} x {world_size})"
-    require(args.batch_size % (k * world_size) == 0, "--batch-size", multiple, args.batch_size)
-    multiple = f"a divisor of the {per_rank} responses of a rank"
-    require(per_rank % (args.micro_batch_size or 1) == 0, "--micro-batch-size", multiple, args.micro_batch_size)
-    require(args.rollout_batch_size % k == 0, "--rollout-batch-size", f"a multiple of {k}", args.rollout_batch_size)
-    check_algorithm_args(args, per_rank)
-
-
-def check_resume(args, checkpoint, script, world_size):
-    """Raise `InputError` if the checkpoint is another script's, or a flag or the ranks make it another run."""
-    require(checkpoint["script"] == script, "--resume", f"a run of {script}", checkpoint["script"])
-    ranks = checkpoint["world_size"]
-    require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
-    is_annealed = any(value for name, value in asdict(args).items() if name.startswith("anneal"))
-    changeable = CHANGEABLE | (set() if is_annealed else {"total_episodes"})
-    done = checkpoint["iteration"] * args.batch_size
-    require(
-        args.total_episodes >= done, "--total-episodes", f"at least the {done} of {args.resume}", args.total_episodes
-    )
-    for name, value in asdict(args).items():
-        saved = checkpoint["args"].get(name)
-        require(value == saved or name in changeable, flag(name), f"{saved!r} as in {args.resume}", value)
-
-
-def flag(name):
-    """total_episodes -> --total-episodes"""
-    return "--" + name.replace("_", "-")
 
 
 # ===== Equations (algorithm) =====
@@ -615,8 +566,9 @@ def main(args, checkpoint=None):
     script = Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)
     if checkpoint:
-        check_resume(args, checkpoint, script, world_size)
-    check_args(args, world_size)
+        common.check_resume(args, checkpoint, script, world_size)
+    common.check_args(args, world_size)
+    check_algorithm_args(args, args.batch_size // world_size)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -676,7 +628,8 @@ def main(args, checkpoint=None):
     )
     # What a checkpoint holds: these and a few numbers.
     trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}
-    needs_logprobs = reference is not None  # the update computes its own, in float32, so only the KL asks for them
+    # The update computes its own, in float32. For the KL the sampler's do, if the sampler is the policy.
+    needs_logprobs = reference is not None and sampler is not policy
     exact_args = Args(**{**asdict(args), "dtype": "float32"})  # for the update
     numbers = {"kl_coef": args.kl_coef}
 
@@ -870,7 +823,7 @@ def main(args, checkpoint=None):
                 v_loss = v_loss.where(mask, 0.0).sum() / num_tokens
                 v_loss.backward()
                 total += v_loss.detach()
-            all_reduce_gradients(critic, args.max_grad_norm)
+            sum_and_clip_gradients(critic, args.max_grad_norm)
             critic_optimizer.step()
             critic_optimizer.zero_grad()
             losses.append(all_reduce(total))

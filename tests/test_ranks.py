@@ -57,6 +57,8 @@ def test_statistics_over_ranks_one_of_which_has_no_token(saved):
     for result in two:
         torch.testing.assert_close(result["mean"], one["mean"])
     torch.testing.assert_close(torch.cat([result["white"] for result in two]), one["white"])
+    for result, ranks_sum in ((one, 1), (two[0], 3), (two[1], 3)):
+        assert [total.tolist() for total in result["sums"]] == [[n * ranks_sum] * n for n in (2, 3, 7, 1)]
 
 
 def torchrun(tmp_path, *flags):
@@ -93,6 +95,10 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute(death, cause, seen, tm
         f"    if os.environ['RANK'] == '1' and len(calls) == 4:\n        {death}\n    return [0.0] * len(responses)\n"
     )
     (tmp_path / "mine.py").write_text(reward)
-    result, seconds = torchrun(tmp_path, "--reward", f"{tmp_path}/mine.py:score", "--total-episodes", 32_000)
-    assert result.returncode != 0 and seconds < 60
-    assert cause in result.stderr and seen in result.stderr, result.stderr
+    for _ in range(3):  # torchrun may stop rank 0, rarely, before that has noticed anything
+        result, seconds = torchrun(tmp_path, "--reward", f"{tmp_path}/mine.py:score", "--total-episodes", 32_000)
+        assert result.returncode != 0 and seconds < 60
+        assert cause in result.stderr, result.stderr
+        if seen in result.stderr:
+            return
+    pytest.fail(result.stderr)

@@ -67,6 +67,17 @@ def test_a_decoder_without_a_padding_token_scores_batches(classifier, tmp_path):
     torch.testing.assert_close(*scores)
 
 
+def test_a_text_that_is_too_long_is_read_from_its_end_and_said_once(classifier, capsys):
+    reward_fn = common.load_reward(f"model:{classifier}")  # 64 positions
+    capsys.readouterr()
+    assert reward_fn(["1" * 60], ["7777"]).item() == pytest.approx(reward_fn([""], ["1" * 60 + "7777"]).item())
+    assert capsys.readouterr().err == ""
+    long = reward_fn(["1" * 90] * 2, ["7777"] * 2)
+    torch.testing.assert_close(long, reward_fn([""], ["1" * 60 + "7777"]).expand(2))
+    reward_fn(["1" * 90], ["7777"])
+    assert capsys.readouterr().err.count("reads the last 64 tokens of a text, found one of 94 (said once)") == 1
+
+
 def test_the_policy_learns_to_please_it(classifier, tmp_path):
     flags = ["--reward", f"model:{classifier}", "--total-episodes", 64 * 60, "--batch-size", 64, "--eval-size", 32]
     flags += ["--learning-rate", 5e-3, "--device", "cpu", "--eval-every", 0, "--save-every", 0, "--reward-clip", 3]
