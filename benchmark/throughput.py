@@ -14,11 +14,13 @@ update is timed from the end of the one before to its own end, with everything b
 """
 
 import contextlib
+import cProfile
 import gc
 import importlib.util
 import io
 import json
 import os
+import pstats
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models and data are made here
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging as transformers_logging
 
 import common
+import reinforce_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
@@ -52,12 +55,12 @@ QWEN2_SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate si
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
 }
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # floating-point operations per second, dense
-Section = Literal["trl", "rollout", "scripts", "scaling", "ranks", "gpu"]
+Section = Literal["trl", "rollout", "scripts", "profile", "scaling", "ranks", "gpu"]
 
 
 @dataclass
 class Args:
-    sections: tuple[Section, ...] = ("trl", "rollout", "scripts", "scaling", "ranks", "gpu")
+    sections: tuple[Section, ...] = get_args(Section)
     """what to measure"""
     rounds: int = 3
     """times that everything is measured, in turn"""
@@ -162,9 +165,7 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         raise RuntimeError(f"{script} {' '.join(command[-len(flags) :])}: {lines[-1][:300]}")
-    run_dir = next(path for path in Path(folder).iterdir() if path.is_dir())
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0 keeps all
-    events.Reload()
+    run_dir, events = read_events(folder)
     names = {"iteration": "iteration_seconds", "rollout": "rollout_seconds", "speed": "tokens_per_second"}
     run = {name: [event.value for event in events.Scalars(f"time/{tag}")] for name, tag in names.items()}
     evaluations = {event.step: event for event in events.Scalars("eval/exact")}
@@ -176,6 +177,12 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
         mark = evaluations.get(event.step, event).wall_time
     peak = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("peak ")]
     return SimpleNamespace(**run, model=f"{run_dir}/model", peak=peak[0] if peak else 0)
+
+
+def read_events(folder):
+    """The only run directory in `folder`, and its TensorBoard events."""
+    run_dir = next(path for path in Path(folder).iterdir() if path.is_dir())
+    return run_dir, EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # 0 keeps all
 
 
 def in_turn(calls, rounds):
@@ -413,7 +420,7 @@ def section_rollout(args, scratch):
         print_table(f"**rollout**: {size}, 4 responses of {args.rollout_length} tokens each", ROLLOUT_HEADER, rows)
 
 
-# ===== scripts, scaling, ranks: the scripts against each other and themselves =====
+# ===== scripts, profile, scaling, ranks: the scripts against each other and themselves =====
 
 
 def compare_runs(title, settings, args, scratch, per_token=False):
@@ -438,6 +445,38 @@ def compare_runs(title, settings, args, scratch, per_token=False):
 def section_scripts(args, scratch):
     settings = {f"`{script}`": dict(script=script) for script in SCRIPTS}
     compare_runs("**scripts**: default flags, 256 responses per update", settings, args, scratch)
+
+
+def section_profile(args, scratch):
+    flags = dict(output_dir=scratch, device="cpu", eval_every=0, eval_size=1, save_every=0)
+    flags["total_episodes"] = 256 * (args.warmup + args.updates)
+    profiler = cProfile.Profile()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        profiler.runcall(reinforce_lm.main, reinforce_lm.Args(**flags))
+    total = sum(event.value for event in read_events(scratch)[1].Scalars("time/iteration_seconds"))
+
+    def share(*functions):
+        """Share of the time inside of functions, given as FILE.py:NAME, and of what they call."""
+        rows = pstats.Stats(profiler).stats.items()  # (path, line, name) -> calls, calls, own and whole seconds, ...
+        found = [row[3] for (path, _, name), row in rows if f"{Path(path).name}:{name}" in functions]
+        return 100 * sum(found) / total
+
+    without_gradient, rollout = share("reinforce_lm.py:batched_logprobs"), share("common.py:rollout")
+    passes = share("common.py:__init__", "common.py:step")  # of Decoder
+    parts = {
+        "rollout, passes of the model": passes,
+        "rollout, sampling and the rest": rollout - passes,
+        "pass without gradient, for the KL": without_gradient,
+        "forward pass of the loss": share("reinforce_lm.py:policy_logprobs") - without_gradient,
+        "backward pass": share("_tensor.py:backward"),
+        "clipping and optimizer": share("reinforce_lm.py:sum_and_clip_gradients", "adamw.py:step"),
+        "texts and rewards": share("common.py:decode", "common.py:score_responses"),
+    }
+    parts["all else"] = 100 - sum(parts.values())
+    title = (
+        f"**profile**: `reinforce_lm.py`, default flags, {1e3 * total / (args.warmup + args.updates):.0f} ms per update"
+    )
+    print_table(title + " under the profiler", ("", "share"), [(name, f"{part:.0f} %") for name, part in parts.items()])
 
 
 def section_scaling(args, scratch):
