@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/learning_curves.py             # task `sort`, nine runs, offline: eleven minutes on two cores
     python benchmark/learning_curves.py --reuse     # draw those runs again
-    python benchmark/learning_curves.py --name reviews --output-dir runs/reviews --seeds 1 --eval-every 5 \\
+    python benchmark/learning_curves.py --name reviews --output-dir runs/reviews --seeds 1 --metric score \\
         --flags="--model DIR --dataset FILE.jsonl --reward FILE.py:function"                         # another task
 
 Scripts that need different flags are trained one by one into the same folder (`--scripts ppo_lm --flags="..."`) and
@@ -52,6 +52,8 @@ class Args:
     """folder for the run directories"""
     name: str = "learning_curves"
     """name of the picture and the table in docs/"""
+    metric: Literal["exact", "score"] = "exact"
+    """what to draw; without references always the score"""
     reuse: bool = False
     """train nothing, and draw the newest finished run of each script and seed in --output-dir"""
 
@@ -107,8 +109,9 @@ def read_run(run_dir):
 
     Returns:
         A dictionary of arrays: `episodes` and `seconds` of training at each evaluation, `score` and `exact` there (E,);
-        `kl` in nats per response and `tokens_per_second` (I,). Without references `exact` is [None], without a KL
-        penalty `kl` is. And `facts`, what `train` noted; empty for a run that was started by hand.
+        `tokens_per_second` (I,); `kl`, nats per response, mean over the last tenth of the iterations. Without
+        references `exact` is [None], without a KL penalty `kl` is None. And `facts`, what `train` noted; empty for a
+        run that was started by hand.
     """
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # 0 keeps every step
     values = {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
@@ -116,24 +119,24 @@ def read_run(run_dir):
     iterations = [event.step for event in events.Scalars("time/iteration_seconds")]
     seconds = np.concatenate([[0.0], values["time/iteration_seconds"].cumsum()])  # (I + 1,)
     facts = run_dir / "benchmark.json"
+    kl = values.get("objective/kl_ref")  # (I,)
     return {
         "episodes": episodes,
         "seconds": seconds[np.searchsorted(iterations, episodes, side="right")],
         "score": values["eval/score"],
         "exact": values.get("eval/exact", [None]),
-        "kl": values.get("objective/kl_ref", [None]),
+        "kl": None if kl is None else kl[-max(1, len(kl) // 10) :].mean(),
         "tokens_per_second": values["time/tokens_per_second"],
         "facts": json.loads(facts.read_text()) if facts.exists() else {},
     }
 
 
-def draw(runs, path):
+def draw(runs, path, metric):
     """Mean (line) and range (shade) over seeds, against episodes and against seconds.
 
     Args:
-        runs: script -> S runs. An evaluation stands at the mean of its S times.
+        runs: script -> S runs. An evaluation stands at the mean of its S times. metric: "exact" or "score".
     """
-    metric = "score" if any(run["exact"][-1] is None for group in runs.values() for run in group) else "exact"
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, unit in zip(axes, ("episodes", "seconds")):
@@ -185,7 +188,7 @@ def report(runs, seeds):
                 "seeds": each("{}", seeds),
                 "exact match": each("{:.1%}", [run["exact"][-1] for run in group]).replace("%", " %"),
                 "score": each("{:.3f}", [run["score"][-1] for run in group]),
-                "KL to the reference": each("{:.2f}", [run["kl"][-1] for run in group]),
+                "KL to the reference": each("{:.2f}", [run["kl"] for run in group]),
                 f"episodes to {goal}": at_goal(group, "episodes"),
                 f"seconds to {goal}": at_goal(group, "seconds"),
                 "tokens/s": f"{np.median(speeds):,.0f}",
@@ -200,9 +203,10 @@ def report(runs, seeds):
     return f"""{markdown(results)}
 
 Exact match and score: greedy responses to the held-out prompts after the last update, one figure for each seed. KL:
-nats per response, in the last batch. Episodes and seconds to {goal}: at the first evaluation that finds so many exact
-matches, median over seeds; there is one every {", ".join(dict.fromkeys(spacing.values()))} episodes. These seconds are
-of training alone, the whole command also starts and evaluates. Tokens/s: response tokens, median over iterations.
+nats per response, mean over the last tenth of the batches. Episodes and seconds to {goal}: at the first evaluation that
+finds so many exact matches, median over seeds; there is one every {", ".join(dict.fromkeys(spacing.values()))}
+episodes. These seconds are of training alone, the whole command also starts and evaluates. Tokens/s: response tokens,
+median over iterations.
 
 How it was measured; N stands for the seed:
 
@@ -224,8 +228,9 @@ def main(args):
             raise common.InputError(
                 f"--reuse: expected runs of {script} with evaluations at the same episodes, found different ones"
             )
+    has_references = all(run["exact"][-1] is not None for group in runs.values() for run in group)
     Path("docs").mkdir(exist_ok=True)
-    draw(runs, f"docs/{args.name}.png")
+    draw(runs, f"docs/{args.name}.png", args.metric if has_references else "score")
     Path(f"docs/{args.name}.md").write_text(report(runs, args.seeds), encoding="utf-8")
     print(f"\n{report(runs, args.seeds)}\nwrote docs/{args.name}.png and docs/{args.name}.md")
 
