@@ -98,6 +98,11 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         seen["gap"] = logprobs - ref_logprobs
         return shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef)
 
+    def recording_logprobs(*args, policy_logprobs=reinforce_lm.policy_logprobs):
+        logprobs, seen["entropy"] = policy_logprobs(*args)  # the last pass of an iteration is that of the loss
+        return logprobs, seen["entropy"]
+
+    monkeypatch.setattr(reinforce_lm, "policy_logprobs", recording_logprobs)
     monkeypatch.setattr(common, "rollout", recording_rollout)
     monkeypatch.setattr(common, "score_responses", recording_score)
     monkeypatch.setattr(reinforce_lm, "shaped_rewards", recording_shaped)
@@ -106,7 +111,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     (run_dir,) = tmp_path.iterdir()
     last = {tag: values[-1][1] for tag, values in scalars(run_dir).items()}
     first = {tag: values[0][1] for tag, values in scalars(run_dir).items()}
-    lengths, kl, scores, ended = [], [], [], []
+    lengths, kl, scores, ended, entropy = [], [], [], [], []
     for i in range(32):
         tokens = seen["responses"][i].tolist()
         length = tokens.index(0) + 1 if 0 in tokens else 9
@@ -114,6 +119,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         ended.append(0 in tokens)
         kl.append(seen["gap"][i, :length].sum().item())
         scores.append(seen["scores"][i].item())
+        entropy += seen["entropy"][i, :length].tolist()
     assert len(set(lengths)) > 1
     assert last["objective/response_length"] == pytest.approx(sum(lengths) / 32)
     assert last["objective/ended"] == pytest.approx(sum(ended) / 32)
@@ -121,7 +127,38 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     assert last["objective/kl_ref"] == pytest.approx(sum(kl) / 32, rel=1e-4)
     assert last["objective/return"] == pytest.approx((sum(scores) - 0.05 * sum(kl)) / 32, rel=1e-4)
     assert abs(first["objective/kl_ref"]) < 1e-4 < last["objective/kl_ref"]  # the policy starts as its reference
-    assert last["policy/sampler_gap"] < 1e-5 and 0 < last["policy/entropy"] < 2.4
+    assert last["policy/entropy"] == pytest.approx(sum(entropy) / sum(lengths), rel=1e-4)
+    assert last["policy/sampler_gap"] < 1e-5
+
+
+def test_a_padding_token_that_is_sampled_is_a_token_like_any_other(tmp_path, model_folder):
+    folder = model_folder()
+    tokenizer = common.load_tokenizer(folder, [])
+    tokenizer.pad_token = "5"
+    tokenizer.save_pretrained(folder)
+    flags = ["--model", folder, "--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--eval-every", 0]
+    run_main(reinforce_lm, *flags, "--output-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert max(gap for _, gap in scalars(run_dir)["policy/sampler_gap"]) < 1e-5
+
+
+@pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
+def test_end_tokens_of_a_prompt_end_no_response(script, tmp_path, monkeypatch):
+    dataset, module, behind = tmp_path / "turns.jsonl", importlib.import_module(script), []
+    rows = [{"prompt": f"{i:02d}<end>{i:02d}", "reference": str(i)} for i in range(100)]  # as chat templates have them
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    advantages = module.generalized_advantages
+
+    def recording_advantages(rewards, values, response_mask, next_values, *rest):
+        behind.append(next_values)
+        return advantages(rewards, values, response_mask, next_values, *rest)
+
+    monkeypatch.setattr(module, "generalized_advantages", recording_advantages)
+    flags = ["--dataset", dataset, "--response-length", 4, "--truncation", "bootstrap", "--total-episodes", 64]
+    run_main(module, *flags, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    ended = scalars(run_dir)["objective/ended"][-1][1]
+    assert 0 < ended < 1 and (behind[-1] == 0).float().mean().item() == pytest.approx(ended)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
