@@ -142,6 +142,50 @@ def test_a_padding_token_that_is_sampled_is_a_token_like_any_other(tmp_path, mod
     assert max(gap for _, gap in scalars(run_dir)["policy/sampler_gap"]) < 1e-5
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_learning_rate_falls_to_zero_in_a_line(script, tmp_path, monkeypatch):
+    flags = {"reinforce_lm": ["--learning-rate", 4e-3], "trpo_lm": ["--critic-learning-rate", 8e-3]}
+    flags["ppo_lm"] = flags["reinforce_lm"] + flags["trpo_lm"]
+    rates, step = {}, torch.optim.AdamW.step
+
+    def recording_step(self, *args, **settings):
+        for group in self.param_groups:
+            assert group["weight_decay"] == 0
+            rates.setdefault((id(self), id(group)), {})[group["lr"]] = None
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    sizes = ["--total-episodes", 128, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path]
+    run_main(importlib.import_module(script), *flags[script], *sizes)
+    found = sorted([list(values) for values in rates.values()])
+    assert found == [pytest.approx([rate, 0.75 * rate, 0.5 * rate, 0.25 * rate]) for rate in flags[script][1::2]]
+
+
+@pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
+def test_advantages_are_whitened_over_the_tokens_of_the_batch(script, tmp_path, monkeypatch):
+    module, seen = importlib.import_module(script), {}
+
+    def recorded(name, *indices):
+        function = getattr(module, name)
+
+        def recording(*args):
+            seen[name] = [args[i] for i in indices]
+            return function(*args)
+
+        monkeypatch.setattr(module, name, recording)
+
+    recorded("generalized_advantages", 2)  # the response mask
+    recorded("clipped_surrogate" if script == "ppo_lm" else "surrogate_gradient", 1 if script == "ppo_lm" else 2)
+    flags = ["--response-length", 12, "--num-minibatches", 1, "--update-epochs", 1, "--total-episodes", 32]
+    run_main(module, *flags, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path)
+    (mask,) = seen["generalized_advantages"]
+    (advantages,) = seen.get("clipped_surrogate") or seen["surrogate_gradient"]
+    count = mask.sum().item()
+    assert count < mask.numel() and advantages.count_nonzero() == count
+    assert advantages.sum().item() / count == pytest.approx(0, abs=1e-5)
+    assert (advantages**2).sum().item() / count == pytest.approx(1, rel=1e-3)
+
+
 @pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
 def test_end_tokens_of_a_prompt_end_no_response(script, tmp_path, monkeypatch):
     dataset, module, behind = tmp_path / "turns.jsonl", importlib.import_module(script), []
