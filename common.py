@@ -1,6 +1,7 @@
 """Tokenisation, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
-Nothing here knows an algorithm. Functions take explicit arguments and never write to the tensors they are given.
+Nothing here knows an algorithm. Functions take explicit arguments and do not write to the tensors they are given, but
+for those whose names say so (`all_reduce_in_place`, `copy_weights`).
 Shapes: N prompts of the data set, B responses of a batch, P prompt length, R response length, V vocabulary.
 
 The one convention to remember is the response mask. It ends behind the first end token that was sampled, an action like
@@ -59,21 +60,30 @@ class InputError(Exception):
 def require(condition, name, expected, found):
     """Raise `InputError` unless `condition` holds."""
     if not condition:
-        raise InputError(f"{name}: expected {expected}, found {found!r}")
+        found = repr(found)
+        raise InputError(f"{name}: expected {expected}, found {found if len(found) < 300 else found[:300] + ' ...'}")
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn an `InputError` into one line on standard error and exit code 2; the same for a lost connection, code 3."""
+    """Turn an `InputError` into one line on standard error and exit code 2; the same for a lost connection, code 3.
+
+    Control-C ends in one line too, with the shell's code 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped; --resume RUN_DIR goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
     except (InputError, RuntimeError) as error:
         is_input_error = isinstance(error, InputError)
         if not is_input_error and not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         lost = f"rank {os.environ.get('RANK', 0)} ends because another rank has ended; the cause is with that one: "
         message = ("" if is_input_error else lost) + str(error)
-        tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # below an open progress bar
+        for bar in list(tqdm._instances):
+            bar.close()  # or it would be drawn again below the message
+        print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(2 if is_input_error else 3)
 
 
@@ -105,12 +115,13 @@ def parse_flags(args_class, argv=None):
     Raises:
         InputError: for an unknown flag or a value that does not parse.
     """
-    args = parse_command_line(args_class, argv)
+    description = (sys.modules[args_class.__module__].__doc__ or "").partition("\n")[0]
+    args = parse_command_line(args_class, argv, description=description)
     if not args.resume:
         return args, None
     checkpoint = load_checkpoint(args.resume)
     known = {name: value for name, value in checkpoint["args"].items() if hasattr(args, name)}
-    return parse_command_line(args_class, argv, args_class(**known)), checkpoint
+    return parse_command_line(args_class, argv, args_class(**known), description), checkpoint
 
 
 def flag(name):
@@ -120,6 +131,8 @@ def flag(name):
 
 def check_args(args, world_size):
     """Raise `InputError` for the first flag that all scripts have with a value that makes no sense."""
+    for name, value in asdict(args).items():
+        require(not isinstance(value, float) or math.isfinite(value), flag(name), "a finite number", value)
     for name in ("total_episodes", "batch_size", "samples_per_prompt", "prompt_length", "response_length", "eval_size"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     for name in ("micro_batch_size", "rollout_batch_size", "save_every", "eval_every", "kl_coef", "kl_target"):
@@ -159,7 +172,10 @@ def check_resume(args, checkpoint, script, world_size):
     )
     for name, value in asdict(args).items():
         saved = checkpoint["args"].get(name)
-        require(value == saved or name in changeable, flag(name), f"{saved!r} as in {args.resume}", value)
+        expected = f"{saved!r} as in {args.resume}"
+        if name == "total_episodes":
+            expected += " (what is annealed has ended there; train on with --model RUN_DIR/model)"
+        require(value == saved or name in changeable, flag(name), expected, value)
 
 
 # ===== Runs: ranks, randomness, checkpoints =====
@@ -277,7 +293,8 @@ def load_checkpoint(run_dir):
     try:
         return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        raise InputError(f"--resume: could not read {paths[-1]} ({error})") from None
+        hint = f"; without that file {paths[-2]} is the newest" if len(paths) > 1 else ""
+        raise InputError(f"--resume: could not read {paths[-1]} ({error}){hint}") from None
 
 
 # ===== Tokenisation and models =====
@@ -486,7 +503,7 @@ NUM_SORT_PROMPTS = 2**15
 
 def _read_jsonl(path, flag):
     try:
-        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{flag}: could not read {path} ({error})") from None
     rows = []
@@ -497,7 +514,7 @@ def _read_jsonl(path, flag):
             raise InputError(
                 f"{flag}: expected a JSON object in {path} line {number}, found {line[:40]!r} ({error})"
             ) from None
-        require(isinstance(rows[-1], dict), f"{flag} {path} line {number}", "a JSON object", rows[-1])
+        require(isinstance(rows[-1], dict), f"{flag} {path} line {number}", "a JSON object, one in each line", rows[-1])
     return rows
 
 
@@ -957,6 +974,7 @@ def load_reward(name, *prompt_sets, logit=-1, batch_size=64, device="cpu", trust
         require(os.path.isfile(path), "--reward", "an existing file", path)
         spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(Path(path).resolve().parent))  # it may import what lies beside it
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -980,7 +998,7 @@ def load_reward(name, *prompt_sets, logit=-1, batch_size=64, device="cpu", trust
             inspect.signature(reward_fn).bind([], [], **{column: [] for column in columns})
         except (TypeError, ValueError) as error:
             expected = f"a function (prompts, responses, **columns) that takes the columns {columns}"
-            raise InputError(f"--reward: expected {expected}, found {name} ({error})") from None
+            raise InputError(f"--reward ({prompts.names[0]}): expected {expected}, found {name} ({error})") from None
     return reward_fn
 
 
@@ -1011,11 +1029,11 @@ def score_responses(reward_fn, reward_name, prompts, responses, iteration, clip=
     where = f"--reward {reward_name}, iteration {iteration}"
     try:
         scores = call(rows, responses)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         for row, name, response in zip(rows, names, responses):  # find the row to blame
             try:
                 call([row], [response])
-            except Exception as row_error:
+            except (Exception, SystemExit) as row_error:
                 raise InputError(f"{where}, {name}: raised {_describe(row_error)}; response {response!r}") from None
         raise InputError(f"{where}, {names[0]} to {names[-1]}: raised {_describe(error)}") from None
     scores = scores.tolist() if isinstance(scores, (torch.Tensor, np.ndarray)) else scores

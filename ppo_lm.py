@@ -26,8 +26,9 @@ for the tokens that never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t)
     (6)  L = E_t[min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps_high) A_t)]               clipped surrogate, eq. 7
     (7)  L = E_t[ratio_t A_t - c KL(pi_old(. | s_t) || pi(. | s_t))]                       penalised surrogate, eq. 8
 
-(6) ends the gain where a ratio leaves the range around 1. (7) prices the exact divergence, over the whole vocabulary,
-with a coefficient that follows what the update before has caused (section 4 of the paper):
+to which --ent-coef adds E_t[entropy of pi(. | s_t)], eq. 9. (6) ends the gain where a ratio leaves the range around 1.
+(7) prices the exact divergence, over the whole vocabulary, with a coefficient that follows what the update before has
+caused (section 4 of the paper):
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
@@ -79,7 +80,7 @@ class Args:
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
-    """run directory to go on with from its newest checkpoint; all other flags default to those of that run"""
+    """run directory to continue from its newest checkpoint; all other flags default to those of that run"""
     save_every: int = 100
     """iterations between checkpoints, of which the newest two are kept; 0 for none"""
     eval_every: int = 100
@@ -117,7 +118,7 @@ class Args:
     temperature: float = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     total_episodes: int = 102_400
-    """responses to train on"""
+    """responses to train on, rounded down to whole batches"""
     batch_size: int = 256
     """responses per iteration, over all ranks"""
     samples_per_prompt: int = 4
@@ -154,13 +155,13 @@ class Args:
     clip_coef: float = 0.2
     """eps, how far a ratio is rewarded for leaving 1"""
     clip_coef_high: float = 0.0
-    """eps_high, the upper bound, if it is to differ from --clip-coef; 0 for the same"""
+    """eps_high, how far above 1 a ratio is rewarded, if it is to differ from --clip-coef; 0 for the same"""
     penalty_coef: float = 1.0
     """c, the price of one nat per token of divergence from the old policy at the start, for --surrogate kl_penalty"""
     penalty_target: float = 0.01
     """nats per token that c is adapted to"""
     target_kl: float = 0.0
-    """stop updating before a minibatch whose KL from the old policy exceeds this many nats per token; 0 never stops"""
+    """stop before a minibatch with more nats per token from the old policy (not --kl-target); 0 never stops"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
     gae_lambda: float = 0.95
@@ -170,12 +171,12 @@ class Args:
     whiten_advantages: bool = True
     """shift and scale advantages to mean 0 and deviation 1 over the whole batch"""
     value_clip: float = 0.2
-    """eps_V, how far a value moves in one update without a penalty; 0 for no limit"""
+    """eps_V, how far an update is rewarded for moving a value to its return, in units of the reward; 0 for no limit"""
     critic_warmup_iterations: int = 0
     """iterations at the start that train the critic alone"""
 
 
-# ===== Masked statistics, log-probabilities, ranks (shared by all three scripts) =====
+# ===== Statistics, log-probabilities, rewards, ranks (shared by all three scripts) =====
 def masked_mean(values, mask):
     """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).sum(), mask.sum().to(values.dtype)]))
@@ -275,7 +276,10 @@ def sum_and_clip_gradients(model, max_grad_norm):
 
 # ===== Equations (algorithm) =====
 def check_algorithm_args(args, per_rank):
-    """Raise `InputError` for the first of PPO's own flags with a value that makes no sense."""
+    """Raise `InputError` for the first of PPO's own flags with a value that makes no sense.
+
+    per_rank: responses per batch and rank.
+    """
     for name in ("learning_rate", "critic_learning_rate", "max_grad_norm", "update_epochs", "num_minibatches"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     for name in ("penalty_coef", "penalty_target"):
@@ -459,7 +463,7 @@ def main(args, checkpoint=None):
         first_iteration, earlier_seconds = checkpoint["iteration"] + 1, checkpoint["seconds"]
     run_dir, writer = args.resume, None
     if rank == 0:
-        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, f"{time.strftime('%Y%m%d-%H%M%S')}"]
+        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
         run_dir = run_dir or f"{args.output_dir}/{'__'.join(map(str, names))}-{os.getpid()}"
         writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
         flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
@@ -519,7 +523,8 @@ def main(args, checkpoint=None):
         rollout_seconds = time.time() - iteration_time
         texts = common.decode(tokenizer, responses, response_mask)
         scores = score_responses(batch, texts, iteration).to(device)  # (B,)
-        # Old log-probabilities come from the forward pass of the loss: the sampler's differ by its cache and precision.
+        # A ratio needs log pi_old from the forward pass of the loss. For the KL alone the sampler's will do, if that is
+        # the policy: they differ by the rounding of its cache.
         score_sequences = partial(
             batched_logprobs,
             sequences=sequences,
@@ -596,7 +601,8 @@ def main(args, checkpoint=None):
                 sums += torch.stack([x.detach().where(mask, 0.0).sum() for x in per_token])
                 del logits  # (b, R, V), before the next micro-batch makes its own
             means = all_reduce(sums) / num_tokens
-            if history and args.target_kl and means[3] > args.target_kl:
+            approx_kl = means[3]
+            if history and args.target_kl and approx_kl > args.target_kl:
                 optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 break
@@ -609,15 +615,16 @@ def main(args, checkpoint=None):
                 optimizer.step()
                 optimizer.zero_grad()
             history.append(torch.cat([means, grad_norm[None]]))
-        averages = torch.stack(history).mean(0).tolist()
+        policy_loss, critic_loss, mean_entropy, _, _, mean_grad_norm = torch.stack(history).mean(0).tolist()
+        ratio_distance = history[0][4].item()  # in the first minibatch
         logratio = (score_sequences(policy) - logprobs).where(response_mask, 0.0)  # (B, R), after the update
         ratio = logratio.exp()  # (B, R)
         metrics |= {
-            "loss/policy": averages[0],
-            "loss/value": averages[1],
-            "policy/entropy": averages[2],
-            "policy/grad_norm": averages[5],
-            "policy/ratio_first_minibatch": 1 + history[0][4].item(),
+            "loss/policy": policy_loss,
+            "loss/value": critic_loss,
+            "policy/entropy": mean_entropy,
+            "policy/grad_norm": mean_grad_norm,
+            "policy/ratio_first_minibatch": 1 + ratio_distance,
             "policy/approx_kl": masked_mean(ratio - 1 - logratio, response_mask).item(),
             "policy/sampler_gap": masked_mean((logprobs - sampler_logprobs).abs(), response_mask).item(),
             "policy/update_epochs_done": len(history) / args.num_minibatches,

@@ -72,7 +72,7 @@ class Args:
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
-    """run directory to go on with from its newest checkpoint; all other flags default to those of that run"""
+    """run directory to continue from its newest checkpoint; all other flags default to those of that run"""
     save_every: int = 100
     """iterations between checkpoints, of which the newest two are kept; 0 for none"""
     eval_every: int = 100
@@ -110,7 +110,7 @@ class Args:
     temperature: float = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     total_episodes: int = 102_400
-    """responses to train on"""
+    """responses to train on, rounded down to whole batches"""
     batch_size: int = 256
     """responses per iteration, over all ranks"""
     samples_per_prompt: int = 4
@@ -144,7 +144,7 @@ class Args:
     """divide advantages by their standard deviation over the whole batch"""
 
 
-# ===== Masked statistics, log-probabilities, ranks (shared by all three scripts) =====
+# ===== Statistics, log-probabilities, rewards, ranks (shared by all three scripts) =====
 def masked_mean(values, mask):
     """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).sum(), mask.sum().to(values.dtype)]))
@@ -244,7 +244,10 @@ def sum_and_clip_gradients(model, max_grad_norm):
 
 # ===== Equations (algorithm) =====
 def check_algorithm_args(args, per_rank):
-    """Raise `InputError` for the first of REINFORCE's own flags with a value that makes no sense."""
+    """Raise `InputError` for the first of REINFORCE's own flags with a value that makes no sense.
+
+    per_rank: responses per batch and rank.
+    """
     for name in ("learning_rate", "max_grad_norm"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     require(0 <= args.ema_decay < 1, "--ema-decay", "at least 0 and less than 1", args.ema_decay)
@@ -377,7 +380,7 @@ def main(args, checkpoint=None):
         first_iteration, earlier_seconds = checkpoint["iteration"] + 1, checkpoint["seconds"]
     run_dir, writer = args.resume, None
     if rank == 0:
-        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, f"{time.strftime('%Y%m%d-%H%M%S')}"]
+        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
         run_dir = run_dir or f"{args.output_dir}/{'__'.join(map(str, names))}-{os.getpid()}"
         writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
         flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
@@ -437,7 +440,8 @@ def main(args, checkpoint=None):
         rollout_seconds = time.time() - iteration_time
         texts = common.decode(tokenizer, responses, response_mask)
         scores = score_responses(batch, texts, iteration).to(device)  # (B,)
-        # Old log-probabilities come from the forward pass of the loss: the sampler's differ by its cache and precision.
+        # A ratio needs log pi_old from the forward pass of the loss. For the KL alone the sampler's will do, if that is
+        # the policy: they differ by the rounding of its cache.
         score_sequences = partial(
             batched_logprobs,
             sequences=sequences,

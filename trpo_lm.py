@@ -91,7 +91,7 @@ class Args:
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
-    """run directory to go on with from its newest checkpoint; all other flags default to those of that run"""
+    """run directory to continue from its newest checkpoint; all other flags default to those of that run"""
     save_every: int = 100
     """iterations between checkpoints, of which the newest two are kept; 0 for none"""
     eval_every: int = 100
@@ -129,7 +129,7 @@ class Args:
     temperature: float = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     total_episodes: int = 102_400
-    """responses to train on"""
+    """responses to train on, rounded down to whole batches"""
     batch_size: int = 256
     """responses per iteration, over all ranks"""
     samples_per_prompt: int = 4
@@ -154,7 +154,7 @@ class Args:
     anneal_max_kl: bool = True
     """let delta fall linearly to 0"""
     cg_iters: int = 10
-    """most iterations of conjugate gradient, each of which costs one Fisher-vector product"""
+    """largest number of iterations of conjugate gradient, each of which costs one Fisher-vector product"""
     cg_damping: float = 0.03
     """damping, in units of the curvature along the gradient"""
     cg_tol: float = 0.05
@@ -184,10 +184,10 @@ class Args:
     whiten_advantages: bool = True
     """shift and scale advantages to mean 0 and deviation 1 over the whole batch"""
     value_clip: float = 0.2
-    """eps_V, how far a value moves in one update without a penalty; 0 for no limit"""
+    """eps_V, how far an update is rewarded for moving a value to its return, in units of the reward; 0 for no limit"""
 
 
-# ===== Masked statistics, log-probabilities, ranks (shared by all three scripts) =====
+# ===== Statistics, log-probabilities, rewards, ranks (shared by all three scripts) =====
 def masked_mean(values, mask):
     """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).sum(), mask.sum().to(values.dtype)]))
@@ -287,7 +287,10 @@ def sum_and_clip_gradients(model, max_grad_norm):
 
 # ===== Equations (algorithm) =====
 def check_algorithm_args(args, per_rank):
-    """Raise `InputError` for the first of TRPO's own flags with a value that makes no sense."""
+    """Raise `InputError` for the first of TRPO's own flags with a value that makes no sense.
+
+    per_rank: responses per batch and rank.
+    """
     for name in ("max_kl", "cg_iters", "backtrack_iters", "critic_learning_rate", "max_grad_norm", "num_minibatches"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     for name in ("cg_damping", "cg_tol", "update_epochs", "value_clip"):
@@ -630,7 +633,7 @@ def main(args, checkpoint=None):
     trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}
     # The update computes its own, in float32. For the KL the sampler's do, if the sampler is the policy.
     needs_logprobs = reference is not None and sampler is not policy
-    exact_args = Args(**{**asdict(args), "dtype": "float32"})  # for the update
+    float32_args = Args(**{**asdict(args), "dtype": "float32"})  # for the update
     numbers = {"kl_coef": args.kl_coef}
 
     # ===== Memory and speed, resume, log (shared by all three scripts) =====
@@ -650,7 +653,7 @@ def main(args, checkpoint=None):
         first_iteration, earlier_seconds = checkpoint["iteration"] + 1, checkpoint["seconds"]
     run_dir, writer = args.resume, None
     if rank == 0:
-        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, f"{time.strftime('%Y%m%d-%H%M%S')}"]
+        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
         run_dir = run_dir or f"{args.output_dir}/{'__'.join(map(str, names))}-{os.getpid()}"
         writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
         flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
@@ -710,7 +713,8 @@ def main(args, checkpoint=None):
         rollout_seconds = time.time() - iteration_time
         texts = common.decode(tokenizer, responses, response_mask)
         scores = score_responses(batch, texts, iteration).to(device)  # (B,)
-        # Old log-probabilities come from the forward pass of the loss: the sampler's differ by its cache and precision.
+        # A ratio needs log pi_old from the forward pass of the loss. For the KL alone the sampler's will do, if that is
+        # the policy: they differ by the rounding of its cache.
         score_sequences = partial(
             batched_logprobs,
             sequences=sequences,
@@ -755,7 +759,7 @@ def main(args, checkpoint=None):
         theta = flatten(policy)  # (D,)
         whole = (sequences, attention_mask, response_mask)
         g, old_logprobs, entropy = surrogate_gradient(  # (D,), (B, R), (B, R)
-            policy, whole, advantages, num_tokens, micro_batch_size, exact_args
+            policy, whole, advantages, num_tokens, micro_batch_size, float32_args
         )
         generator = make_generator("cpu", args.seed, iteration, rank, args.update_epochs)  # unlike the critic's
         num_rows = max(1, round(args.fvp_fraction * local_batch_size))
@@ -765,12 +769,12 @@ def main(args, checkpoint=None):
             policy=policy,
             batch=[tensor[rows] for tensor in whole],
             micro_batch_size=micro_batch_size,
-            args=exact_args,
+            args=float32_args,
         )
         if iteration == first_iteration:
             check_fisher_products(product, theta, make_generator(device, args.seed))
         x, damping, residual, cg_iters = conjugate_gradient(product, g, args.cg_iters, args.cg_damping, args.cg_tol)
-        curvature = fisher_quadratic_form(x, policy, whole, micro_batch_size, exact_args)
+        curvature = fisher_quadratic_form(x, policy, whole, micro_batch_size, float32_args)
         slope = dot(g, x)
         measure = partial(
             surrogate_gain_and_kl,
@@ -780,7 +784,7 @@ def main(args, checkpoint=None):
             advantages,
             num_tokens,
             micro_batch_size,
-            exact_args,
+            float32_args,
         )
         fraction, gain, kl, tried, predicted_gain = 0.0, 0.0, 0.0, 0, 0.0
         if 0 < curvature < float("inf") and 0 < slope < float("inf"):  # a zero or non-finite gradient leaves x at 0

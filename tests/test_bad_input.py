@@ -48,9 +48,10 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--prompt-length", "-1"], ["--prompt-length", "a positive number", "-1"]),
         (["--prompt-length", "4"], ["--prompt-length", "sort row", "1 to 4 tokens", "5"]),
         (["--temperature", "0"], ["--temperature", "a positive number", "0"]),
-        (["--temperature", "nan"], ["--temperature", "a positive number", "nan"]),
+        (["--temperature", "nan"], ["--temperature", "a finite number", "nan"]),
         (["--learning-rate", "0"], ["--learning-rate", "a positive number", "0"]),
         (["--learning-rate", "-1e-3"], ["--learning-rate", "a positive number", "-0.001"]),
+        (["--learning-rate", "inf"], ["--learning-rate", "a finite number", "inf"]),
         (["--max-grad-norm", "0"], ["--max-grad-norm", "a positive number", "0"]),
         (["--ema-decay", "1"], ["--ema-decay", "1"]),
         (["--gamma", "1.5"], ["--gamma", "at most 1", "1.5"]),
@@ -111,6 +112,7 @@ def lines(*rows):
         ("", [], ["--dataset", "at least one row"]),
         (lines(GOOD_ROW, "{broken"), [], ["--dataset", "line 2", "{broken"]),
         (lines(GOOD_ROW, "[1]"), [], ["--dataset", "line 2", "a JSON object"]),
+        (json.dumps([GOOD_ROW] * 1000), [], ["--dataset", "line 1", "one in each line", "..."]),
         (lines(GOOD_ROW, {"reference": "b"}), [], ["--prompt-column", "line 2", "'prompt'"]),
         (lines(GOOD_ROW, {"prompt": "b"}), [], ["--reference-column", "line 2", "'reference'"]),
         (lines(GOOD_ROW, GOOD_ROW | {"more": 1}), [], ["line 2", "more"]),
@@ -172,6 +174,9 @@ def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch
     assert "--resume: expected a run directory" in message_of(capsys, monkeypatch, "--resume", tmp_path)
     (tmp_path / "checkpoint_00000001.pt").write_bytes(b"not a checkpoint")
     assert "--resume: could not read" in message_of(capsys, monkeypatch, "--resume", tmp_path)
+    (tmp_path / "checkpoint_00000002.pt").write_bytes(b"nor this")
+    error = message_of(capsys, monkeypatch, "--resume", tmp_path)
+    assert error.endswith(f"without that file {tmp_path}/checkpoint_00000001.pt is the newest\n")
 
 
 def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):

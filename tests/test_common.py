@@ -180,6 +180,13 @@ def test_reward_functions_get_prompts_responses_and_columns(tmp_path):
     assert scores.tolist() == [122.0, 102.0, 223.0, 203.0]
 
 
+def test_a_reward_file_imports_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("VALUE = 7.0\n")
+    code = "from beside_the_reward import VALUE\n\n\ndef fn(prompts, responses):\n    return [VALUE]\n"
+    (tmp_path / "imports.py").write_text(code)
+    assert common.load_reward(f"{tmp_path}/imports.py:fn")(["a"], ["b"]) == [7.0]
+
+
 @pytest.mark.parametrize(
     "body, message",
     [
@@ -190,6 +197,7 @@ def test_reward_functions_get_prompts_responses_and_columns(tmp_path):
         ("[1.0]", "iteration 7, row 1 to row 2: expected 4 scores, found 1 values"),
         ("None", "iteration 7, row 1 to row 2: expected 4 scores, found None"),
         ("[1 / (p != 'b') for p in prompts]", "iteration 7, row 2: raised ZeroDivisionError"),
+        ("[exit(p) for p in prompts if p != 'a']", "iteration 7, row 2: raised SystemExit"),
         ("[1 / (len(prompts) < 4)]", "iteration 7, row 1 to row 2: raised ZeroDivisionError"),
     ],
 )

@@ -9,7 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, run_main
+
+import common
+import reinforce_lm
 
 
 def start_ranks(world_size, out, runs_dir):
@@ -59,6 +62,27 @@ def test_statistics_over_ranks_one_of_which_has_no_token(saved):
     torch.testing.assert_close(torch.cat([result["white"] for result in two]), one["white"])
     for result, ranks_sum in ((one, 1), (two[0], 3), (two[1], 3)):
         assert [total.tolist() for total in result["sums"]] == [[n * ranks_sum] * n for n in (2, 3, 7, 1)]
+
+
+def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):
+    """Two ranks, one after the other in this process, each for three iterations, and another seed."""
+    noise, prompts, rollout = [], [], common.rollout
+
+    def recording_rollout(model, ids, mask, generator=None, **settings):
+        if generator is not None:
+            noise.append(generator.initial_seed())
+            prompts.append(ids.tolist())
+        return rollout(model, ids, mask, generator=generator, **settings)
+
+    monkeypatch.setattr(common, "rollout", recording_rollout)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--eval-every", 0]
+    for seed, rank in ((1, 0), (1, 1), (2, 0)):
+        monkeypatch.setattr(common, "start_ranks", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
+        run_main(reinforce_lm, *flags, "--seed", seed, "--output-dir", tmp_path)
+    assert len(noise) == 9 and len(set(noise)) == 9
+    of_one_seed = [tuple(row) for rows in prompts[:6] for row in rows]
+    assert len(set(of_one_seed)) == len(of_one_seed) == 2 * 3 * 4  # ranks x iterations x prompts, within one epoch
 
 
 def torchrun(tmp_path, *flags):

@@ -144,14 +144,14 @@ def test_an_end_token_that_is_also_the_padding_is_trained_as_an_input(kind, mode
 
 
 def test_mask_ends_behind_the_first_of_several_end_tokens():
-    rows = [[5, 9, 3, 0, 1], [9, 0, 9, 9, 9], [1, 2, 3, 4, 5], [1, 2, 3, 4, 0], [0, 1, 2, 3, 4]]
+    rows = [[5, 9, 3, 0, 1], [9, 0, 9, 9, 9], [1, 2, 3, 4, 5], [1, 2, 3, 4, 0], [0, 1, 2, 3, 4], [1, 9, 2, 3, 4]]
     expected = []
     for row in rows:
         ends = [i for i, token in enumerate(row) if token in (0, 9)]
         length = ends[0] + 1 if ends else len(row)
         expected.append([i < length for i in range(len(row))])
     assert common.mask_through_first_end(torch.tensor(rows), [0, 9]).tolist() == expected
-    assert common.has_ended(torch.tensor(rows), [0, 9]).tolist() == [True, True, False, True, True]
+    assert common.has_ended(torch.tensor(rows), [0, 9]).tolist() == [True, True, False, True, True, True]
 
 
 def test_samples_of_a_prompt_differ_and_a_rerun_is_the_same():

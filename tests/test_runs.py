@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, error_line, run_main, run_script
+from conftest import ROOT, SCRIPTS, error_line, recorded_gradients, run_main, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import reinforce_lm
+import trpo_lm
 
 
 def final_line(output):
@@ -84,6 +85,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     rollout, score, shaped = common.rollout, common.score_responses, reinforce_lm.shaped_rewards
 
     def recording_rollout(*args, samples_per_prompt=1, **settings):
+        assert settings.get("greedy", False) == (samples_per_prompt == 1), "evaluations, and nothing else, are greedy"
         result = rollout(*args, samples_per_prompt=samples_per_prompt, **settings)
         if samples_per_prompt > 1:
             seen["responses"], seen["mask"], _ = result
@@ -107,8 +109,10 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "score_responses", recording_score)
     monkeypatch.setattr(reinforce_lm, "shaped_rewards", recording_shaped)
     flags = ["--total-episodes", 160, "--batch-size", 32, "--response-length", 9, "--eval-size", 4, "--kl-coef", 0.05]
+    flags += ["--kl-target", 0.5, "--kl-horizon", 400, "--baseline", "ema", "--ema-decay", 0.75]
     run_main(reinforce_lm, *flags, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()
+    values = {tag: [value for _, value in steps] for tag, steps in scalars(run_dir).items()}
     last = {tag: values[-1][1] for tag, values in scalars(run_dir).items()}
     first = {tag: values[0][1] for tag, values in scalars(run_dir).items()}
     lengths, kl, scores, ended, entropy = [], [], [], [], []
@@ -125,7 +129,15 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     assert last["objective/ended"] == pytest.approx(sum(ended) / 32)
     assert last["objective/score"] == pytest.approx(sum(scores) / 32, rel=1e-5)
     assert last["objective/kl_ref"] == pytest.approx(sum(kl) / 32, rel=1e-4)
-    assert last["objective/return"] == pytest.approx((sum(scores) - 0.05 * sum(kl)) / 32, rel=1e-4)
+    beta = last["objective/kl_coef"]
+    assert last["objective/return"] == pytest.approx((sum(scores) - beta * sum(kl)) / 32, rel=1e-4)
+    for i in range(4):
+        change = 1 + max(-0.2, min(values["objective/kl_ref"][i] / 0.5 - 1, 0.2)) * 32 / 400
+        assert values["objective/kl_coef"][i + 1] == pytest.approx(values["objective/kl_coef"][i] * change, rel=1e-4)
+    average = values["objective/J"][0]
+    for earlier, now in zip(values["objective/J"][1:], values["objective/baseline"][1:]):
+        assert now == pytest.approx(average, rel=1e-4)  # of the batches before this one
+        average = 0.75 * average + 0.25 * earlier
     assert abs(first["objective/kl_ref"]) < 1e-4 < last["objective/kl_ref"]  # the policy starts as its reference
     assert last["policy/entropy"] == pytest.approx(sum(entropy) / sum(lengths), rel=1e-4)
     assert last["policy/sampler_gap"] < 1e-5
@@ -140,6 +152,28 @@ def test_a_padding_token_that_is_sampled_is_a_token_like_any_other(tmp_path, mod
     run_main(reinforce_lm, *flags, "--output-dir", tmp_path / "runs")
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert max(gap for _, gap in scalars(run_dir)["policy/sampler_gap"]) < 1e-5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradients_are_clipped(script, tmp_path):
+    flags = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--max-grad-norm", 1e-3]
+    with recorded_gradients(torch.optim.AdamW) as steps:
+        run_main(importlib.import_module(script), *flags, "--output-dir", tmp_path)
+    assert steps and max(step.norm() for step in steps) <= 1.001e-3
+
+
+def test_trpo_updates_in_float32_whatever_the_precision_of_the_rest(tmp_path, monkeypatch):
+    seen, response_logits = [], trpo_lm.response_logits
+
+    def recording_logits(*args):
+        logits = response_logits(*args)
+        seen.append(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(trpo_lm, "response_logits", recording_logits)
+    flags = ["--total-episodes", 32, "--batch-size", 32, "--eval-size", 4, "--dtype", "bfloat16", "--kl-coef", 0]
+    run_main(trpo_lm, *flags, "--output-dir", tmp_path)
+    assert set(seen) == {torch.float32}  # without a reference all logits are those of the update
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -161,29 +195,38 @@ def test_every_learning_rate_falls_to_zero_in_a_line(script, tmp_path, monkeypat
     assert found == [pytest.approx([rate, 0.75 * rate, 0.5 * rate, 0.25 * rate]) for rate in flags[script][1::2]]
 
 
-@pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
-def test_advantages_are_whitened_over_the_tokens_of_the_batch(script, tmp_path, monkeypatch):
-    module, seen = importlib.import_module(script), {}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_reward_moves_no_weight(script, tmp_path):
+    """Not even weight decay: every gradient is exactly 0."""
+    (tmp_path / "mine.py").write_text("def fn(prompts, responses, **columns):\n    return [0.0] * len(responses)\n")
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--kl-coef", 0, "--device", "cpu"]
+    run_main(
+        importlib.import_module(script), *flags, "--reward", f"{tmp_path}/mine.py:fn", "--output-dir", tmp_path / "runs"
+    )
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    trained = common.load_checkpoint(run_dir)
+    fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    for name, weight in fresh.state_dict().items():
+        assert torch.equal(trained["policy"][name], weight), name
+    for name, weight in fresh.base_model.state_dict().items() if "critic" in trained else []:
+        assert torch.equal(trained["critic"][f"backbone.{name}"], weight), name
 
-    def recorded(name, *indices):
-        function = getattr(module, name)
 
-        def recording(*args):
-            seen[name] = [args[i] for i in indices]
-            return function(*args)
-
-        monkeypatch.setattr(module, name, recording)
-
-    recorded("generalized_advantages", 2)  # the response mask
-    recorded("clipped_surrogate" if script == "ppo_lm" else "surrogate_gradient", 1 if script == "ppo_lm" else 2)
-    flags = ["--response-length", 12, "--num-minibatches", 1, "--update-epochs", 1, "--total-episodes", 32]
-    run_main(module, *flags, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path)
-    (mask,) = seen["generalized_advantages"]
-    (advantages,) = seen.get("clipped_surrogate") or seen["surrogate_gradient"]
-    count = mask.sum().item()
-    assert count < mask.numel() and advantages.count_nonzero() == count
-    assert advantages.sum().item() / count == pytest.approx(0, abs=1e-5)
-    assert (advantages**2).sum().item() / count == pytest.approx(1, rel=1e-3)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_in_bfloat16_the_policy_starts_as_its_reference_and_ratios_at_one(script, tmp_path):
+    """Both log-probabilities come from one forward pass; those of the bfloat16 sampler are other numbers."""
+    flags = ["--dtype", "bfloat16", "--total-episodes", 32, "--batch-size", 32, "--eval-size", 4, "--save-every", 0]
+    flags += ["--response-length", 12, *(["--num-minibatches", 1] if script == "ppo_lm" else [])]
+    for kl_coef in (0.1, 0):
+        folder = tmp_path / str(kl_coef)
+        run_main(importlib.import_module(script), *flags, "--kl-coef", kl_coef, "--output-dir", folder)
+        (run_dir,) = folder.iterdir()
+        logged = {tag: values[0][1] for tag, values in scalars(run_dir).items()}
+        assert logged["policy/sampler_gap"] > 1e-5
+        if kl_coef:
+            assert abs(logged["objective/kl_ref"]) < 1e-6
+        if script == "ppo_lm":
+            assert logged["policy/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])

@@ -1,0 +1,337 @@
+"""What main does with a batch, against the equations in the docstring of each script, response by response.
+
+The rollout is replaced: the test chooses the responses, their lengths and how they end. Log-probabilities, returns,
+advantages and losses are then computed again, one response at a time and without padding, as sums in plain Python.
+"""
+
+import importlib
+
+import pytest
+import torch
+from conftest import run_main, tiny_model
+from test_runs import scalars
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import common
+import ppo_lm
+import trpo_lm
+
+B, K, LENGTH = 16, 4, 5
+BETA, GAMMA, LAMBDA, T = 0.3, 0.9, 0.8, 0.7
+
+
+PROMPTS = {(0, 1): "01", (2, 0, 4): "204", (5,): "5", (6, 10, 9, 0): "6<end>90"}
+REWARD = (
+    "def fn(prompts, responses):\n    return [len(p) + sum(map(int, r)) % 7 / 3 for p, r in zip(prompts, responses)]\n"
+)
+
+
+def score(prompt, response):
+    """The reward file of the test, for ids."""
+    return len(PROMPTS[tuple(prompt)]) + sum(token for token in response if token < 10) % 7 / 3
+
+
+def checkpoint(folder):
+    """Ids 0 to 9 are digits, 10 and 9 end a response: id 0, which pads, is an ordinary token, and prompts hold ends."""
+    vocabulary = {str(i): i for i in range(10)} | {"<end>": 10}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    model = tiny_model(vocab_size=11)
+    for parameter in model.parameters():  # loud weights are hard to move
+        parameter.data.mul_(0.4 if parameter.ndim > 1 else 1.0)
+    model.config.eos_token_id, model.generation_config.eos_token_id = 10, [10, 9]
+    model.save_pretrained(folder)
+
+
+class Recorded:
+    """Iterations of a script's main, on responses that are chosen here.
+
+    steps: (network, rows of its batch, parameters before the step, gradient, learning rate), in order.
+    batches: for each iteration rows of (prompt ids, response ids up to the end, has it ended).
+    """
+
+    def __init__(self, name, tmp_path, monkeypatch, *flags, iterations=1):
+        self.module, self.batches, self.steps, forwards = importlib.import_module(name), [], [], []
+        self.truncation = "bootstrap" if "bootstrap" in flags else "terminal"
+        (tmp_path / "mine.py").write_text(REWARD)
+        (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{p}"}}\n' for p in PROMPTS.values()))
+        checkpoint(tmp_path / "checkpoint")
+        generator = torch.Generator().manual_seed(0)
+
+        def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, greedy=False, **more):
+            if greedy:  # the last token of the prompt and the end
+                responses = torch.zeros(len(prompts), LENGTH, dtype=torch.long)
+                responses[:, 0], responses[:, 1] = prompts[:, -1], 10
+                mask = common.mask_through_first_end(responses, end_ids)
+                return responses, mask, torch.zeros(mask.shape)
+            assert samples_per_prompt == K and more["temperature"] == T and len(prompts) == B / K
+            assert sorted(end_ids) == [9, 10]
+            if not self.batches:  # away from the reference, which is a copy of what it was
+                self.reference = vector(model)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                self.policy = model
+            rows, responses = [], torch.zeros(B, LENGTH, dtype=torch.long)
+            mask = torch.zeros(B, LENGTH, dtype=torch.bool)
+            for i in range(B):
+                (prompt,) = [
+                    list(p)
+                    for p in PROMPTS
+                    if list(p) == prompts[i // K, -len(p) :].tolist() and prompt_mask[i // K].sum() == len(p)
+                ]
+                length = min(1 + i % 8, LENGTH)
+                response = torch.randint(9, (length,), generator=generator).tolist()
+                if i % 8 < LENGTH:  # the others are cut
+                    response[-1] = 9 + i % 2
+                rows.append((prompt, response, response[-1] > 8))
+                responses[i, :length], mask[i, :length] = torch.tensor(response), True
+            logprobs = torch.zeros(B, LENGTH)
+            for i, row in enumerate(rows):
+                logprobs[i, : len(row[1])] = self.logprobs(row, model).detach()
+            self.batches.append(rows)
+            return responses, mask, logprobs
+
+        def step(optimizer, *args, **settings):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            gradient = torch.cat([p.grad.flatten().double() for p in parameters])
+            (rate,) = {group["lr"] for group in optimizer.param_groups}
+            is_policy = parameters[0] is next(self.policy.parameters())
+            kind = "policy" if is_policy else "critic"
+            self.steps.append(
+                (kind, list(forwards), torch.cat([p.detach().flatten() for p in parameters]), gradient, rate)
+            )
+            if is_policy or name == "trpo_lm":
+                forwards.clear()
+            return original_step(optimizer, *args, **settings)
+
+        if name != "reinforce_lm":
+            init, forward = self.module.Critic.__init__, self.module.Critic.forward
+
+            def loud_head(critic, policy):  # a head of zeros would hide most mistakes
+                init(critic, policy)
+                torch.nn.init.normal_(critic.head.weight, std=0.3, generator=generator)
+
+            def recording_forward(critic, sequences, attention_mask, args):
+                if torch.is_grad_enabled():
+                    for tail in sequences.tolist():
+                        for i, (prompt, response, _) in enumerate(self.batches[-1]):
+                            known = prompt + (response + [0] * LENGTH)[:LENGTH]
+                            forwards.extend(
+                                [i] if tail[-len(known) :] == known and not any(tail[: -len(known)]) else []
+                            )
+                return forward(critic, sequences, attention_mask, args)
+
+            monkeypatch.setattr(self.module.Critic, "__init__", loud_head)
+            monkeypatch.setattr(self.module.Critic, "forward", recording_forward)
+        if name == "trpo_lm":
+            gradient_of = trpo_lm.surrogate_gradient
+
+            def recording_gradient(policy, *rest):
+                result = gradient_of(policy, *rest)
+                self.steps.append(("policy", list(range(B)), vector(policy), -result[0].double(), None))
+                return result
+
+            monkeypatch.setattr(trpo_lm, "surrogate_gradient", recording_gradient)
+        monkeypatch.setattr(common, "rollout", rollout)
+        original_step = torch.optim.AdamW.step
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        run = [
+            "--model",
+            tmp_path / "checkpoint",
+            "--dataset",
+            tmp_path / "data.jsonl",
+            "--eval-dataset",
+            tmp_path / "data.jsonl",
+            "--eval-every",
+            0,
+        ]
+        run += ["--reward", f"{tmp_path}/mine.py:fn", "--batch-size", B, "--samples-per-prompt", K, "--device", "cpu"]
+        run += ["--total-episodes", B * iterations, "--response-length", LENGTH, "--temperature", T, "--kl-coef", BETA]
+        run += ["--gamma", GAMMA, "--max-grad-norm", 1e9, "--save-every", 0, "--output-dir", tmp_path / "runs", *flags]
+        run_main(self.module, *run)
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        self.logged = {tag: [value for _, value in values] for tag, values in scalars(run_dir).items()}
+        self.after = vector(self.policy)
+        monkeypatch.undo()
+
+    def logits(self, row, policy, parameters=None):
+        """Of one response without any padding: (T_i, V), at the temperature."""
+        prompt, response, *_ = row
+        if parameters is not None:
+            torch.nn.utils.vector_to_parameters(parameters, policy.parameters())
+        text = torch.tensor([prompt + response])
+        return policy(text, attention_mask=torch.ones_like(text)).logits[0, len(prompt) - 1 : -1] / T
+
+    def values(self, row, critic):
+        """Of the states before each token and of the one behind the last: (T_i + 1,)."""
+        prompt, response, *_ = row
+        text = torch.tensor([prompt + response])
+        hidden = critic.backbone(text, attention_mask=torch.ones_like(text)).last_hidden_state[0, len(prompt) - 1 :]
+        return critic.head(hidden)[:, 0]
+
+    def logprobs(self, row, policy, parameters=None):
+        logits = self.logits(row, policy, parameters)
+        return logits.log_softmax(-1).gather(1, torch.tensor(row[1])[:, None])[:, 0]
+
+    def rewards(self, row, parameters):
+        """(1), with the policy of the batch."""
+        with torch.no_grad():
+            log_p, log_ref = [self.logprobs(row, self.policy, p) for p in (parameters, self.reference)]
+        rewards = (-BETA * (log_p - log_ref)).tolist()
+        rewards[-1] += score(row[0], row[1])
+        return rewards
+
+    def advantages(self, iteration, parameters, critic):
+        """(3) to (5) as double sums, and the advantages whitened: per row, lists."""
+        advantages, returns, old_values = [], [], []
+        for row in self.batches[iteration]:
+            rewards, values = self.rewards(row, parameters), self.values(row, critic).tolist()
+            if row[2] or self.truncation == "terminal":
+                values[-1] = 0.0
+            deltas = [r + GAMMA * after - v for r, v, after in zip(rewards, values, values[1:])]
+            length = len(rewards)
+            a = [sum((GAMMA * LAMBDA) ** (n - t) * deltas[n] for n in range(t, length)) for t in range(length)]
+            advantages.append(a)
+            returns.append([x + v for x, v in zip(a, values)])
+            old_values.append(values[:-1])
+        everything = torch.tensor([x for a in advantages for x in a])
+        white = [(torch.tensor(a) - everything.mean()) / everything.std(correction=0) for a in advantages]
+        return white, [torch.tensor(r) for r in returns], [torch.tensor(v) for v in old_values]
+
+
+def vector(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def assert_gradient(loss, module, found, tolerance=1e-3):
+    parts = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+    expected = torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(module.parameters(), parts)]
+    )
+    assert expected.norm() > 1e-3 and (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
+@pytest.mark.parametrize("baseline", ["none", "mean", "ema", "leave_one_out", "greedy"])
+def test_reinforce_takes_the_steps_of_its_equations(baseline, normalize, tmp_path, monkeypatch):
+    flags = ["--baseline", baseline, "--micro-batch-size", 4, *(["--normalize-advantages"] if normalize else [])]
+    run = Recorded("reinforce_lm", tmp_path, monkeypatch, *flags, iterations=3)
+    assert len(run.steps) == 3
+    ema = 0.0
+    for i, (_, _, parameters, gradient, _) in enumerate(run.steps):
+        rewards = [run.rewards(row, parameters) for row in run.batches[i]]
+        whole = torch.tensor([sum(GAMMA**t * r for t, r in enumerate(row)) for row in rewards])  # G_1
+        b = dict(none=torch.zeros(B), mean=whole.mean().expand(B), ema=torch.full((B,), ema))
+        b["leave_one_out"] = torch.stack(
+            [whole[[m for m in range(B) if m // K == n // K and m != n]].mean() for n in range(B)]
+        )
+        b["greedy"] = torch.tensor([score(row[0], row[0][-1:]) for row in run.batches[i]])
+        advantages = [
+            torch.tensor([sum(GAMMA**n * row[n] for n in range(t, len(row))) for t in range(len(row))]) - b[baseline][n]
+            for n, row in enumerate(rewards)
+        ]
+        if normalize:
+            advantages = [a / torch.cat(advantages).std(correction=0) for a in advantages]
+        logprobs = [run.logprobs(row, run.policy, parameters) for row in run.batches[i]]
+        loss = -sum((a * lp).sum() for a, lp in zip(advantages, logprobs)) / B
+        assert_gradient(loss, run.policy, gradient)
+        assert run.logged["loss/policy"][i] == pytest.approx(loss.item(), rel=1e-3)
+        assert run.logged["objective/baseline"][i] == pytest.approx(b[baseline].mean().item(), rel=1e-3, abs=1e-6)
+        logits = [run.logits(row, run.policy, parameters) for row in run.batches[i]]
+        entropy = torch.distributions.Categorical(logits=torch.cat(logits)).entropy().mean().item()
+        assert run.logged["policy/entropy"][i] == pytest.approx(entropy, rel=1e-3)
+        assert run.logged["objective/ended"][i] == pytest.approx(sum(row[2] for row in run.batches[i]) / B)
+        ema = whole.mean().item() if i == 0 else 0.9 * ema + 0.1 * whole.mean().item()
+    assert [rate for *_, rate in run.steps] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
+
+
+def check_critic(run, rows, parameters, gradient, critic, returns, old_values, clip):
+    torch.nn.utils.vector_to_parameters(parameters, critic.parameters())
+    total, count, clipped = 0.0, 0, 0
+    for i in rows:
+        values = run.values(run.batches[0][i], critic)[:-1]
+        near = old_values[i] + (values - old_values[i]).clamp(-clip, clip)
+        errors = torch.stack([(values - returns[i]) ** 2, (near - returns[i]) ** 2])
+        total, count = total + 0.5 * errors.amax(0).sum(), count + len(values)
+        clipped += (errors[1] > errors[0]).sum().item()
+    assert_gradient(total / count, critic, gradient)
+    return clipped
+
+
+CASES = [("clip", "terminal"), ("clip", "bootstrap"), ("kl_penalty", "terminal")]
+
+
+@pytest.mark.parametrize("surrogate, truncation", CASES)
+def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, monkeypatch):
+    """Two minibatches: at the second, ratios have left 1 and values V_old, and clips are active on both sides."""
+    flags = ["--surrogate", surrogate, "--truncation", truncation, "--num-minibatches", 2, "--update-epochs", 1]
+    flags += ["--clip-coef", 0.02, "--clip-coef-high", 0.04, "--value-clip", 0.05, "--ent-coef", 0.1]
+    flags += ["--gae-lambda", LAMBDA, "--learning-rate", 2e-3, "--critic-learning-rate", 2e-3, "--penalty-coef", 3]
+    run = Recorded("ppo_lm", tmp_path, monkeypatch, *flags)
+    assert [kind for kind, *_ in run.steps] == ["critic", "policy"] * 2
+    assert sorted(run.steps[0][1] + run.steps[2][1]) == list(range(B))
+    critic = ppo_lm.Critic(run.policy)
+    torch.nn.utils.vector_to_parameters(run.steps[0][2], critic.parameters())
+    old = run.steps[1][2]
+    with torch.no_grad():
+        advantages, returns, old_values = run.advantages(0, old, critic)
+        old_logits = [run.logits(row, run.policy, old) for row in run.batches[0]]
+    tokens = [torch.tensor(row[1]) for row in run.batches[0]]
+    categorical = torch.distributions.Categorical
+
+    def ratios(i, parameters):
+        logits = run.logits(run.batches[0][i], run.policy, parameters)
+        new, before = categorical(logits=logits), categorical(logits=old_logits[i])
+        return (new.log_prob(tokens[i]) - before.log_prob(tokens[i])).exp(), new, before
+
+    clipped_values, sides, entropies = [], set(), []
+    for (_, rows, parameters, gradient, _), (_, _, theta, policy_gradient, _) in zip(run.steps[::2], run.steps[1::2]):
+        clipped_values.append(check_critic(run, rows, parameters, gradient, critic, returns, old_values, 0.05))
+        total, entropy = 0.0, []
+        for i in rows:
+            ratio, new, before = ratios(i, theta)
+            if surrogate == "clip":
+                for r, a in zip(ratio, advantages[i]):
+                    limit = 1.04 if a > 0 else 0.98
+                    is_clipped = r > limit if a > 0 else r < limit
+                    sides |= {(bool(a > 0))} if is_clipped else set()
+                    total = total + (limit * a if is_clipped else r * a)
+            else:
+                total = total + (ratio * advantages[i] - 3 * torch.distributions.kl_divergence(before, new)).sum()
+            total = total + 0.1 * new.entropy().sum()
+            entropy.extend(new.entropy().tolist())
+        assert_gradient(-total / sum(len(tokens[i]) for i in rows), run.policy, policy_gradient)
+        entropies.append(sum(entropy) / len(entropy))
+    assert clipped_values[0] == 0 < clipped_values[1] and (surrogate != "clip" or sides == {True, False})
+    assert run.logged["policy/entropy"] == pytest.approx([sum(entropies) / 2], rel=1e-3)
+    with torch.no_grad():
+        final = torch.cat([ratios(i, run.after)[0] for i in range(B)])
+    assert run.logged["policy/approx_kl"] == pytest.approx([(final - 1 - final.log()).mean().item()], rel=0.01)
+    if surrogate == "clip":
+        a = torch.cat(advantages)
+        assert run.logged["policy/clipfrac"] == pytest.approx(
+            [((a > 0) & (final > 1.04) | (a <= 0) & (final < 0.98)).float().mean().item()]
+        )
+
+
+@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
+def test_trpo_takes_the_steps_of_its_equations(truncation, tmp_path, monkeypatch):
+    flags = ["--truncation", truncation, "--num-minibatches", 2, "--update-epochs", 1, "--value-clip", 0.05]
+    flags += ["--gae-lambda", LAMBDA, "--critic-learning-rate", 2e-3, "--micro-batch-size", 4]
+    run = Recorded("trpo_lm", tmp_path, monkeypatch, *flags)
+    assert [kind for kind, *_ in run.steps] == ["policy", "critic", "critic"]
+    assert sorted(run.steps[1][1] + run.steps[2][1]) == list(range(B))
+    critic = trpo_lm.Critic(run.policy)
+    torch.nn.utils.vector_to_parameters(run.steps[1][2], critic.parameters())
+    old = run.steps[0][2]
+    advantages, returns, old_values = run.advantages(0, old, critic)
+    logits = [run.logits(row, run.policy, old) for row in run.batches[0]]
+    before = torch.distributions.Categorical(logits=torch.cat(logits))
+    tokens = torch.cat([torch.tensor(row[1]) for row in run.batches[0]])
+    assert_gradient(-(torch.cat(advantages) * before.log_prob(tokens)).mean(), run.policy, run.steps[0][3])
+    assert run.logged["policy/entropy"] == pytest.approx([before.entropy().mean().item()], rel=1e-3)
+    clipped = [check_critic(run, rows, p, g, critic, returns, old_values, 0.05) for _, rows, p, g, _ in run.steps[1:]]
+    assert clipped[0] == 0 < clipped[1]
