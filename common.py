@@ -70,21 +70,24 @@ def one_line_errors():
 
     Control-C ends in one line too, with the shell's code 130.
     """
+
+    def stop(message, code):
+        for bar in list(tqdm._instances):
+            bar.close()  # or it would be drawn again below the message
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped; --resume RUN_DIR goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        stop("stopped; --resume RUN_DIR goes on from the newest checkpoint, if there is one", 130)
     except (InputError, RuntimeError) as error:
         is_input_error = isinstance(error, InputError)
         if not is_input_error and not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         lost = f"rank {os.environ.get('RANK', 0)} ends because another rank has ended; the cause is with that one: "
         message = ("" if is_input_error else lost) + str(error)
-        for bar in list(tqdm._instances):
-            bar.close()  # or it would be drawn again below the message
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2 if is_input_error else 3)
+        stop("error: " + " ".join(message.split()), 2 if is_input_error else 3)
 
 
 def parse_command_line(args_class, argv=None, default=None, description=None):

@@ -359,7 +359,7 @@ def main(args, checkpoint=None):
     )
     # What a checkpoint holds: these and a few numbers.
     trained = {"policy": policy, "optimizer": optimizer}
-    # One step per batch needs no ratio. For the KL the sampler's log-probabilities do, if they are those of the policy.
+    # One step per batch needs no ratio, and for the KL the sampler's log-probabilities will do, if it is the policy.
     needs_logprobs = reference is not None and sampler is not policy
     numbers = {"kl_coef": args.kl_coef, "ema_baseline": 0.0}
 

@@ -345,6 +345,17 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys):
     assert "--resume: expected a run of reinforce_lm, found 'other_lm'" in error_of()
 
 
+def test_control_c_ends_in_one_line(tmp_path):
+    command = [sys.executable, "reinforce_lm.py", "--device", "cpu", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the run has begun
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("stopped; --resume")
+
+
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     torch_save = torch.save
 
