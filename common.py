@@ -916,8 +916,8 @@ class RewardModel:
         if self.tokenizer.pad_token is None:
             require(self.tokenizer.eos_token, "--reward", f"a padding or end token in {name!r}", None)
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:  # a decoder's score is that of the last token that is no padding
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        # A decoder's score is that of its last token that is no padding, by the id that the config names.
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = int(min(positions or math.inf, self.tokenizer.model_max_length, 2**30))
         self.name, self.logit, self.batch_size, self.device = name, logit, batch_size, device

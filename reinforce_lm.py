@@ -146,9 +146,12 @@ class Args:
 
 # ===== Statistics, log-probabilities, rewards, ranks (shared by all three scripts) =====
 def masked_mean(values, mask):
-    """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
-    total, count = all_reduce(torch.stack([values.where(mask, 0.0).sum(), mask.sum().to(values.dtype)]))
-    return total / count
+    """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar.
+
+    Summed in float64, so that the mean of equal values is that value: a remainder would be taken for an advantage.
+    """
+    total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
+    return (total / count).to(values.dtype)
 
 
 def masked_variance(values, mask):
@@ -277,8 +280,9 @@ def compute_baseline(kind, returns, samples_per_prompt, ema, greedy_scores):
     if kind == "ema":
         return torch.full_like(returns, ema)  # (10)
     if kind == "leave_one_out":
-        groups = returns.view(-1, samples_per_prompt)  # (N, k)
-        return ((groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)).view(-1)  # (11)
+        groups = returns.double().view(-1, samples_per_prompt)  # (N, k), in which equal returns leave no remainder
+        others = (groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)  # (N, k)
+        return others.view(-1).to(returns.dtype)  # (11)
     if kind == "greedy":
         return greedy_scores  # (12)
     return torch.zeros_like(returns)  # (8)

@@ -189,9 +189,12 @@ class Args:
 
 # ===== Statistics, log-probabilities, rewards, ranks (shared by all three scripts) =====
 def masked_mean(values, mask):
-    """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
-    total, count = all_reduce(torch.stack([values.where(mask, 0.0).sum(), mask.sum().to(values.dtype)]))
-    return total / count
+    """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar.
+
+    Summed in float64, so that the mean of equal values is that value: a remainder would be taken for an advantage.
+    """
+    total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
+    return (total / count).to(values.dtype)
 
 
 def masked_variance(values, mask):

@@ -54,12 +54,17 @@ def test_scores_are_the_logits_of_single_texts(classifier):
     torch.testing.assert_close(clipped, torch.stack(expected).clamp(-0.01, 0.01), rtol=1e-4, atol=1e-5)
 
 
-def test_a_decoder_without_a_padding_token_scores_batches(classifier, tmp_path):
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(classifier),
-        common.load_tokenizer(classifier, []),
-    )
-    model.config.pad_token_id = tokenizer.pad_token = None
+@pytest.mark.parametrize(
+    "config, pad_token",
+    [({"pad_token_id": None}, None), ({"pad_token_id": 3}, "<end>"), ({"attention_dropout": 0.5}, "<end>")],
+    ids=["no padding token", "another padding token than the tokenizer's", "dropout"],
+)
+def test_batches_are_scored_alike_whatever_was_saved_with_the_weights(config, pad_token, classifier, tmp_path):
+    """A decoder's score would be read behind the end of a short text if its config decided what padding is."""
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    tokenizer = common.load_tokenizer(classifier, [])
+    vars(model.config).update(config)
+    tokenizer.pad_token = pad_token
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     pairs = ["12", "345", "7"], ["777", "", "1234567"]
