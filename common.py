@@ -504,24 +504,25 @@ class Prompts:
 NUM_SORT_PROMPTS = 2**15
 
 
-def _read_jsonl(path, flag):
+def _read_jsonl(path, flag_name):
     try:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{flag}: could not read {path} ({error})") from None
+        raise InputError(f"{flag_name}: could not read {path} ({error})") from None
     rows = []
     for number, line in enumerate(text.split("\n") if text else [], start=1):  # JSON may hold other line separators
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{flag}: expected a JSON object in {path} line {number}, found {line[:40]!r} ({error})"
+                f"{flag_name}: expected a JSON object in {path} line {number}, found {line[:40]!r} ({error})"
             ) from None
-        require(isinstance(rows[-1], dict), f"{flag} {path} line {number}", "a JSON object, one in each line", rows[-1])
+        where = f"{flag_name} {path} line {number}"
+        require(isinstance(rows[-1], dict), where, "a JSON object, one in each line", rows[-1])
     return rows
 
 
-def load_rows(dataset, flag):
+def load_rows(dataset, flag_name):
     """Read a data set: "sort", a file of JSON lines, or a hub name NAME[@CONFIG][:SPLIT] (with the package `datasets`).
 
     Returns:
@@ -534,12 +535,12 @@ def load_rows(dataset, flag):
         rows = [{"prompt": f"{i:05d}", "reference": "".join(sorted(f"{i:05d}"))} for i in digits]
         return rows, [f"sort row {i + 1}" for i in range(len(rows))]
     if dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
-        rows = _read_jsonl(dataset, flag)
+        rows = _read_jsonl(dataset, flag_name)
         names = [f"{dataset} line {i + 1}" for i in range(len(rows))]
     else:
         if importlib.util.find_spec("datasets") is None:
             expected = "`sort`, a FILE.jsonl, or a hub name with the package datasets installed (pip install datasets)"
-            raise InputError(f"{flag}: expected {expected}, found {dataset!r}")
+            raise InputError(f"{flag_name}: expected {expected}, found {dataset!r}")
         from datasets import load_dataset
 
         name, _, split = dataset.partition(":")
@@ -547,9 +548,9 @@ def load_rows(dataset, flag):
         try:
             rows = [dict(row) for row in load_dataset(name, config or None, split=split or "train")]
         except Exception as error:
-            raise InputError(f"{flag}: could not load {dataset!r} from the hub ({error})") from None
+            raise InputError(f"{flag_name}: could not load {dataset!r} from the hub ({error})") from None
         names = [f"{dataset} row {i + 1}" for i in range(len(rows))]
-    require(rows, flag, "at least one row", f"{dataset} with none")
+    require(rows, flag_name, "at least one row", f"{dataset} with none")
     return rows, names
 
 
@@ -938,19 +939,18 @@ class RewardModel:
             batch = slice(start, start + self.batch_size)
             texts = [self.text(*pair) for pair in zip(prompts[batch], responses[batch])]
             is_text = isinstance(prompts[start], str)  # the chat template has written the special tokens already
-            longest = max(map(len, self.tokenizer(texts, add_special_tokens=is_text, verbose=False).input_ids))
-            if longest > self.max_length and not self.has_warned:
-                reads = f"reads the last {self.max_length} tokens of a text, found one of {longest} (said once)"
-                tqdm.write(f"  warning: --reward model:{self.name} {reads}", file=sys.stderr)
+            encode = functools.partial(
+                self.tokenizer, texts, padding=True, add_special_tokens=is_text, return_tensors="pt"
+            )
+            inputs = encode(verbose=False)
+            longest = inputs.input_ids.shape[1]
+            if longest > self.max_length:
+                inputs = encode(truncation=True, max_length=self.max_length)
+                if not self.has_warned:
+                    reads = f"reads the last {self.max_length} tokens of a text, found one of {longest} (said once)"
+                    tqdm.write(f"  warning: --reward model:{self.name} {reads}", file=sys.stderr)
                 self.has_warned = True
-            inputs = self.tokenizer(
-                texts,
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                add_special_tokens=is_text,
-                return_tensors="pt",
-            ).to(self.device)
+            inputs = inputs.to(self.device)
             scores.append(self.model(**inputs).logits[:, self.logit].float())
         return torch.cat(scores).cpu()
 

@@ -634,7 +634,7 @@ def main(args, checkpoint=None):
     )
     # What a checkpoint holds: these and a few numbers.
     trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}
-    # The update computes its own, in float32. For the KL the sampler's do, if the sampler is the policy.
+    # The update computes its own, in float32. For the KL the sampler's will do, if it is the policy.
     needs_logprobs = reference is not None and sampler is not policy
     float32_args = Args(**{**asdict(args), "dtype": "float32"})  # for the update
     numbers = {"kl_coef": args.kl_coef}

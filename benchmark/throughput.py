@@ -455,9 +455,10 @@ def section_profile(args, scratch):
         profiler.runcall(reinforce_lm.main, reinforce_lm.Args(**flags))
     total = sum(event.value for event in read_events(scratch)[1].Scalars("time/iteration_seconds"))
 
+    rows = pstats.Stats(profiler).stats.items()  # (path, line, name) -> calls, calls, own and whole seconds, ...
+
     def share(*functions):
         """Share of the time inside of functions, given as FILE.py:NAME, and of what they call."""
-        rows = pstats.Stats(profiler).stats.items()  # (path, line, name) -> calls, calls, own and whole seconds, ...
         found = [row[3] for (path, _, name), row in rows if f"{Path(path).name}:{name}" in functions]
         return 100 * sum(found) / total
 
@@ -473,10 +474,9 @@ def section_profile(args, scratch):
         "texts and rewards": share("common.py:decode", "common.py:score_responses"),
     }
     parts["all else"] = 100 - sum(parts.values())
-    title = (
-        f"**profile**: `reinforce_lm.py`, default flags, {1e3 * total / (args.warmup + args.updates):.0f} ms per update"
-    )
-    print_table(title + " under the profiler", ("", "share"), [(name, f"{part:.0f} %") for name, part in parts.items()])
+    milliseconds = 1e3 * total / (args.warmup + args.updates)
+    title = f"**profile**: `reinforce_lm.py`, default flags, {milliseconds:.0f} ms per update under the profiler"
+    print_table(title, ("", "share"), [(name, f"{part:.0f} %") for name, part in parts.items()])
 
 
 def section_scaling(args, scratch):

@@ -87,14 +87,19 @@ def run_script(name, *flags, cwd=ROOT, check=True, **settings):
     return result
 
 
+def flat_gradient(optimizer):
+    """The gradient that `optimizer` is about to step with, as one vector in float64."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.cat([p.grad.flatten().double() for p in parameters])
+
+
 @contextlib.contextmanager
-def recorded_gradients(optimizer_class):
-    """Collect the gradients that an optimizer steps with: a list with one flat vector for each step."""
+def recorded_gradients(optimizer_class, record=flat_gradient):
+    """Collect what `record` says of an optimizer before each of its steps: a list."""
     steps, step = [], optimizer_class.step
 
     def recording_step(self, *args, **settings):
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        steps.append(torch.cat([p.grad.flatten().double() for p in parameters]))
+        steps.append(record(self))
         return step(self, *args, **settings)
 
     optimizer_class.step = recording_step

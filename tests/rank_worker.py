@@ -46,7 +46,14 @@ def statistics():
 
 def train(name, runs_dir):
     """Two updates; returns the gradients that were stepped with, the weights, and what TRPO's line search did."""
-    script, models, searches = importlib.import_module(name), [], []
+    script, models, searches, divergences = importlib.import_module(name), [], [], []
+    adapt = script.adapt_kl_coef
+
+    def recording_adapt(kl_coef, kl_ref, num_responses, args):
+        divergences.append([kl_ref, num_responses])
+        return adapt(kl_coef, kl_ref, num_responses, args)
+
+    script.adapt_kl_coef = recording_adapt
     common.load_policy = lambda *args, **settings: models.append(load_policy(*args, **settings)) or models[-1]
     if name == "trpo_lm":
         search = script.line_search
@@ -61,7 +68,7 @@ def train(name, runs_dir):
     flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--device", "cpu", "--output-dir", runs_dir, *FLAGS[name]]
     with recorded_gradients(torch.optim.AdamW) as steps:
         run_main(script, *flags)
-    return {"gradients": steps, "weights": models[0].state_dict(), "searches": searches}
+    return {"gradients": steps, "weights": models[0].state_dict(), "searches": searches, "divergences": divergences}
 
 
 if __name__ == "__main__":

@@ -205,3 +205,11 @@ def test_a_diverged_policy_ends_the_run_in_one_line(script, tmp_path, capsys, mo
     with pytest.raises(SystemExit) as stop:
         gradients(script, tmp_path)
     assert stop.value.code == 2 and "expected a finite one" in error_line(capsys)
+
+
+def test_weights_are_float32_whatever_the_checkpoint_holds(model_folder):
+    folder = model_folder("llama", pad_token_id=0, dtype=torch.bfloat16)
+    assert all(
+        p.dtype == torch.bfloat16 for p in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").parameters()
+    )
+    assert all(p.dtype == torch.float32 for p in common.load_policy(folder, None, 8, seed=1).parameters())

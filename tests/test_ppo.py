@@ -209,6 +209,15 @@ def test_the_penalty_follows_the_divergence(tmp_path):
     assert logged["policy/kl"][-1] == pytest.approx(logged["policy/approx_kl"][-1], rel=0.5)
 
 
+def test_the_penalty_is_adapted_by_the_exact_kl(tmp_path, monkeypatch):
+    adapted, adapt = [], ppo_lm.adapt_penalty
+    monkeypatch.setattr(ppo_lm, "adapt_penalty", lambda c, kl, target: adapted.append(kl) or adapt(c, kl, target))
+    flags = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--device", "cpu"]
+    run_main(ppo_lm, *flags, "--surrogate", "kl_penalty", "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    assert adapted == pytest.approx([value for _, value in scalars(run_dir)["policy/kl"]], rel=1e-6)
+
+
 @pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
 def test_what_follows_a_cut_response(truncation, tmp_path, monkeypatch):
     """The advantage of the last token: the critic's word for what follows counts only where a response was cut."""

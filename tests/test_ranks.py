@@ -49,6 +49,9 @@ def test_two_ranks_take_the_step_of_one(script, saved):
         assert len(rank["gradients"]) == len(one["gradients"]) >= first_update
         for step, expected in zip(rank["gradients"][:first_update], one["gradients"]):
             assert (step - expected).norm() < 1e-5 * expected.norm()
+    for rank in two:  # what beta is adapted to, before the first step and after it
+        for found, expected in zip(rank["divergences"], one["divergences"], strict=True):
+            assert found == pytest.approx(expected, rel=0.02, abs=1e-5)
     assert len(one["searches"]) == (2 if script == "trpo_lm" else 0)
     for search, expected in zip(two[0]["searches"], one["searches"], strict=True):
         assert search == pytest.approx(expected, rel=1e-3)

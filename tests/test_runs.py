@@ -97,7 +97,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         return scores
 
     def recording_shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef):
-        seen["gap"] = logprobs - ref_logprobs
+        seen["gap"], seen["kl_coef"] = logprobs - ref_logprobs, kl_coef
         return shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef)
 
     def recording_logprobs(*args, policy_logprobs=reinforce_lm.policy_logprobs):
@@ -113,8 +113,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     run_main(reinforce_lm, *flags, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()
     values = {tag: [value for _, value in steps] for tag, steps in scalars(run_dir).items()}
-    last = {tag: values[-1][1] for tag, values in scalars(run_dir).items()}
-    first = {tag: values[0][1] for tag, values in scalars(run_dir).items()}
+    first, last = [{tag: steps[i] for tag, steps in values.items()} for i in (0, -1)]
     lengths, kl, scores, ended, entropy = [], [], [], [], []
     for i in range(32):
         tokens = seen["responses"][i].tolist()
@@ -130,6 +129,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     assert last["objective/score"] == pytest.approx(sum(scores) / 32, rel=1e-5)
     assert last["objective/kl_ref"] == pytest.approx(sum(kl) / 32, rel=1e-4)
     beta = last["objective/kl_coef"]
+    assert beta == pytest.approx(seen["kl_coef"], rel=1e-5) and values["objective/kl_coef"][0] == pytest.approx(0.05)
     assert last["objective/return"] == pytest.approx((sum(scores) - beta * sum(kl)) / 32, rel=1e-4)
     for i in range(4):
         change = 1 + max(-0.2, min(values["objective/kl_ref"][i] / 0.5 - 1, 0.2)) * 32 / 400
@@ -155,11 +155,13 @@ def test_a_padding_token_that_is_sampled_is_a_token_like_any_other(tmp_path, mod
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_gradients_are_clipped(script, tmp_path):
-    flags = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--max-grad-norm", 1e-3]
+def test_gradients_are_clipped_and_logged_before(script, tmp_path):
+    flags = ["--total-episodes", 32, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--device", "cpu"]
     with recorded_gradients(torch.optim.AdamW) as steps:
-        run_main(importlib.import_module(script), *flags, "--output-dir", tmp_path)
-    assert steps and max(step.norm() for step in steps) <= 1.001e-3
+        run_main(importlib.import_module(script), *flags, "--max-grad-norm", 1e-3, "--output-dir", tmp_path)
+    assert max(step.norm() for step in steps) == pytest.approx(1e-3, rel=1e-3)
+    (run_dir,) = tmp_path.iterdir()
+    assert script == "trpo_lm" or scalars(run_dir)["policy/grad_norm"][0][1] > 0.01
 
 
 def test_trpo_updates_in_float32_whatever_the_precision_of_the_rest(tmp_path, monkeypatch):
@@ -177,22 +179,23 @@ def test_trpo_updates_in_float32_whatever_the_precision_of_the_rest(tmp_path, mo
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_learning_rate_falls_to_zero_in_a_line(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("annealed", [True, False], ids=["annealed", "constant"])
+def test_learning_rates_fall_linearly_or_stay_and_no_weight_decays(script, annealed, tmp_path):
     flags = {"reinforce_lm": ["--learning-rate", 4e-3], "trpo_lm": ["--critic-learning-rate", 8e-3]}
     flags["ppo_lm"] = flags["reinforce_lm"] + flags["trpo_lm"]
-    rates, step = {}, torch.optim.AdamW.step
-
-    def recording_step(self, *args, **settings):
-        for group in self.param_groups:
-            assert group["weight_decay"] == 0
-            rates.setdefault((id(self), id(group)), {})[group["lr"]] = None
-        return step(self, *args, **settings)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
     sizes = ["--total-episodes", 128, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path]
-    run_main(importlib.import_module(script), *flags[script], *sizes)
-    found = sorted([list(values) for values in rates.values()])
-    assert found == [pytest.approx([rate, 0.75 * rate, 0.5 * rate, 0.25 * rate]) for rate in flags[script][1::2]]
+
+    def rates(optimizer):
+        assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+        return {group["lr"] for group in optimizer.param_groups}
+
+    with recorded_gradients(torch.optim.AdamW, rates) as steps:
+        run_main(importlib.import_module(script), *flags[script], *sizes, *([] if annealed else ["--no-anneal-lr"]))
+    per_iteration = len(steps) // 4
+    for i in range(4):
+        found = set().union(*steps[i * per_iteration : (i + 1) * per_iteration])
+        share = 1 - i / 4 if annealed else 1.0
+        assert sorted(found) == pytest.approx([rate * share for rate in flags[script][1::2]])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -316,6 +319,16 @@ def assert_same(expected, found):
             assert_same(expected[key], found[key])
     else:
         assert expected == found
+
+
+def test_a_resumed_run_logs_each_episode_once(tmp_path):
+    """Also those that the run before had logged behind its last checkpoint."""
+    flags = ["--total-episodes", 160, "--batch-size", 32, "--eval-size", 4, "--save-every", 3, "--device", "cpu"]
+    run_main(reinforce_lm, *flags, "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    (run_dir / "checkpoint_00000005.pt").unlink()
+    run_main(reinforce_lm, "--resume", run_dir)
+    assert [step for step, _ in scalars(run_dir)["objective/score"]] == [32, 64, 96, 128, 160]
 
 
 def test_what_a_resumed_run_may_change(tmp_path, capsys):

@@ -8,7 +8,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import run_main, tiny_model
+from conftest import flat_gradient, recorded_gradients, run_main, tiny_model
 from test_runs import scalars
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -29,12 +29,15 @@ REWARD = (
 
 def score(prompt, response):
     """The reward file of the test, for ids."""
-    return len(PROMPTS[tuple(prompt)]) + sum(token for token in response if token < 10) % 7 / 3
+    return len(PROMPTS[tuple(prompt)]) + sum(3 if token == 8 else token for token in response if token < 10) % 7 / 3
 
 
 def checkpoint(folder):
-    """Ids 0 to 9 are digits, 10 and 9 end a response: id 0, which pads, is an ordinary token, and prompts hold ends."""
-    vocabulary = {str(i): i for i in range(10)} | {"<end>": 10}
+    """Ids 0 to 9 are digits, 10 and 9 end a response: id 0, which pads, is an ordinary token, and prompts hold ends.
+
+    Id 8 is the text 12, whose ids are 1 and 2: responses do not survive decoding and encoding.
+    """
+    vocabulary = {"12" if i == 8 else str(i): i for i in range(10)} | {"<end>": 10}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
@@ -68,6 +71,7 @@ class Recorded:
                 return responses, mask, torch.zeros(mask.shape)
             assert samples_per_prompt == K and more["temperature"] == T and len(prompts) == B / K
             assert sorted(end_ids) == [9, 10]
+            forwards.clear()
             if not self.batches:  # away from the reference, which is a copy of what it was
                 self.reference = vector(model)
                 with torch.no_grad():
@@ -94,18 +98,13 @@ class Recorded:
             self.batches.append(rows)
             return responses, mask, logprobs
 
-        def step(optimizer, *args, **settings):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            gradient = torch.cat([p.grad.flatten().double() for p in parameters])
-            (rate,) = {group["lr"] for group in optimizer.param_groups}
-            is_policy = parameters[0] is next(self.policy.parameters())
-            kind = "policy" if is_policy else "critic"
-            self.steps.append(
-                (kind, list(forwards), torch.cat([p.detach().flatten() for p in parameters]), gradient, rate)
-            )
-            if is_policy or name == "trpo_lm":
+        def record(optimizer):
+            (group,) = optimizer.param_groups
+            kind = "policy" if group["params"][0] is next(self.policy.parameters()) else "critic"
+            parameters = torch.cat([p.detach().flatten() for p in group["params"]])
+            self.steps.append((kind, list(forwards), parameters, flat_gradient(optimizer), group["lr"]))
+            if kind == "policy" or name == "trpo_lm":
                 forwards.clear()
-            return original_step(optimizer, *args, **settings)
 
         if name != "reinforce_lm":
             init, forward = self.module.Critic.__init__, self.module.Critic.forward
@@ -136,22 +135,13 @@ class Recorded:
 
             monkeypatch.setattr(trpo_lm, "surrogate_gradient", recording_gradient)
         monkeypatch.setattr(common, "rollout", rollout)
-        original_step = torch.optim.AdamW.step
-        monkeypatch.setattr(torch.optim.AdamW, "step", step)
-        run = [
-            "--model",
-            tmp_path / "checkpoint",
-            "--dataset",
-            tmp_path / "data.jsonl",
-            "--eval-dataset",
-            tmp_path / "data.jsonl",
-            "--eval-every",
-            0,
-        ]
+        data = tmp_path / "data.jsonl"
+        run = ["--model", tmp_path / "checkpoint", "--dataset", data, "--eval-dataset", data, "--eval-every", 0]
         run += ["--reward", f"{tmp_path}/mine.py:fn", "--batch-size", B, "--samples-per-prompt", K, "--device", "cpu"]
         run += ["--total-episodes", B * iterations, "--response-length", LENGTH, "--temperature", T, "--kl-coef", BETA]
         run += ["--gamma", GAMMA, "--max-grad-norm", 1e9, "--save-every", 0, "--output-dir", tmp_path / "runs", *flags]
-        run_main(self.module, *run)
+        with recorded_gradients(torch.optim.AdamW, record):
+            run_main(self.module, *run)
         (run_dir,) = (tmp_path / "runs").iterdir()
         self.logged = {tag: [value for _, value in values] for tag, values in scalars(run_dir).items()}
         self.after = vector(self.policy)
@@ -248,11 +238,11 @@ def test_reinforce_takes_the_steps_of_its_equations(baseline, normalize, tmp_pat
     assert [rate for *_, rate in run.steps] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
 
 
-def check_critic(run, rows, parameters, gradient, critic, returns, old_values, clip):
+def check_critic(run, rows, parameters, gradient, critic, returns, old_values, clip, iteration=0):
     torch.nn.utils.vector_to_parameters(parameters, critic.parameters())
     total, count, clipped = 0.0, 0, 0
     for i in rows:
-        values = run.values(run.batches[0][i], critic)[:-1]
+        values = run.values(run.batches[iteration][i], critic)[:-1]
         near = old_values[i] + (values - old_values[i]).clamp(-clip, clip)
         errors = torch.stack([(values - returns[i]) ** 2, (near - returns[i]) ** 2])
         total, count = total + 0.5 * errors.amax(0).sum(), count + len(values)
@@ -309,12 +299,31 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, m
     assert run.logged["policy/entropy"] == pytest.approx([sum(entropies) / 2], rel=1e-3)
     with torch.no_grad():
         final = torch.cat([ratios(i, run.after)[0] for i in range(B)])
+        exact = [
+            torch.distributions.kl_divergence(old, new) for _, new, old in (ratios(i, run.after) for i in range(B))
+        ]
     assert run.logged["policy/approx_kl"] == pytest.approx([(final - 1 - final.log()).mean().item()], rel=0.01)
+    if surrogate == "kl_penalty":
+        assert run.logged["policy/kl"] == pytest.approx([torch.cat(exact).mean().item()], rel=0.01)
     if surrogate == "clip":
         a = torch.cat(advantages)
         assert run.logged["policy/clipfrac"] == pytest.approx(
             [((a > 0) & (final > 1.04) | (a <= 0) & (final < 0.98)).float().mean().item()]
         )
+
+
+def test_an_early_stop_leaves_no_gradient_behind(tmp_path, monkeypatch):
+    """One step, then a minibatch that is not stepped with, then a new batch: its first step is its own."""
+    flags = ["--num-minibatches", 2, "--update-epochs", 1, "--target-kl", 1e-9, "--gae-lambda", LAMBDA]
+    run = Recorded("ppo_lm", tmp_path, monkeypatch, *flags, iterations=2)
+    assert len(run.steps) == 4 and run.logged["policy/update_epochs_done"] == [0.5, 0.5]
+    (_, rows, parameters, gradient, _), (_, _, theta, policy_gradient, _) = run.steps[2:]
+    critic = ppo_lm.Critic(run.policy)
+    torch.nn.utils.vector_to_parameters(parameters, critic.parameters())
+    advantages, returns, old_values = run.advantages(1, theta, critic)
+    check_critic(run, rows, parameters, gradient, critic, returns, old_values, 0.2, iteration=1)
+    logprobs = torch.cat([run.logprobs(run.batches[1][i], run.policy, theta) for i in rows])
+    assert_gradient(-(torch.cat([advantages[i] for i in rows]) * logprobs).mean(), run.policy, policy_gradient)
 
 
 @pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
@@ -335,3 +344,13 @@ def test_trpo_takes_the_steps_of_its_equations(truncation, tmp_path, monkeypatch
     assert run.logged["policy/entropy"] == pytest.approx([before.entropy().mean().item()], rel=1e-3)
     clipped = [check_critic(run, rows, p, g, critic, returns, old_values, 0.05) for _, rows, p, g, _ in run.steps[1:]]
     assert clipped[0] == 0 < clipped[1]
+
+
+@pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
+def test_each_epoch_visits_each_response_once_in_another_order(script, tmp_path, monkeypatch):
+    flags = ["--num-minibatches", 4, "--update-epochs", 3, "--micro-batch-size", 2]
+    run = Recorded(script, tmp_path, monkeypatch, *flags)
+    rows = [rows for kind, rows, *_ in run.steps if kind == "critic"]
+    epochs = [sum(rows[i : i + 4], []) for i in (0, 4, 8)]
+    assert len(rows) == 12 and all(sorted(epoch) == list(range(B)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3

@@ -142,6 +142,15 @@ def test_conjugate_gradient_solves(damping):
     assert residual == pytest.approx(found.item()) and residual <= 0.3 and iters < 12
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_conjugate_gradient_does_not_see_the_size_of_the_gradient(scale):
+    matrix, g = spd()
+    expected, _, expected_residual, expected_iters = trpo_lm.conjugate_gradient(lambda v: matrix @ v, g, 50, 0.1, 1e-3)
+    x, _, residual, iters = trpo_lm.conjugate_gradient(lambda v: matrix @ v, scale * g, 50, 0.1, 1e-3)
+    torch.testing.assert_close(x / scale, expected)
+    assert iters == expected_iters and residual == pytest.approx(expected_residual)
+
+
 def test_conjugate_gradient_keeps_the_last_good_x():
     g = torch.tensor([1.0, 2.0, 3.0])
     x, *_ = trpo_lm.conjugate_gradient(torch.zeros_like, g, 10, 0.1, 0.0)
