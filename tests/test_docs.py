@@ -173,6 +173,7 @@ def test_the_chat_recipe_runs(tmp_path, model_folder):
     assert len(chat.splitlines()) == 29 and json.loads(chat.splitlines()[0])["reference"] == "2"
     verify = common.load_reward(f"{tmp_path}/gsm8k.py:verify")
     assert verify(None, ["so #### 1,200", "#### 3.", "#### 5", "12"], ["1200", "3", "4", "12"]) == [1, 1, 0.1, 0]
+    assert verify(None, ["#### 1.2.3", "#### 3..5", "#### ,"], ["72"] * 3) == [0.1, 0.1, 0], "no number stops a run"
     folder = model_folder("gpt2", characters="0123456789+=#\n ", n_positions=64)
     tokenizer = common.load_tokenizer(folder, [])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}"
