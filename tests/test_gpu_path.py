@@ -1,0 +1,28 @@
+"""What the scripts do on a GPU, on a CPU: pretend_gpu.py is a device that refuses tensors of the CPU and has graphs."""
+
+import re
+
+import pytest
+from conftest import ROOT, run_script
+from test_runs import scalars
+
+SIZES = ["--batch-size", 16, "--total-episodes", 32, "--micro-batch-size", 8, "--rollout-batch-size", 8]
+SIZES += ["--response-length", 24, "--eval-size", 4, "--temperature", 0.8, "--device", "pretend"]
+CASES = [  # script, model, flags, largest gap
+    ("reinforce_lm", "llama", ["--baseline", "greedy", "--normalize-advantages", "--kl-target", 3], 1e-5),
+    ("ppo_lm", "gpt2", ["--surrogate", "kl_penalty", "--activation-checkpointing"], 1e-5),
+    ("ppo_lm", "qwen3", ["--dtype", "bfloat16", "--target-kl", 0.01], 0.1),
+    ("trpo_lm", "qwen2", ["--truncation", "bootstrap", "--fvp-fraction", 0.5], 1e-5),
+]
+
+
+@pytest.mark.parametrize("script, kind, flags, largest_gap", CASES)
+def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model_folder, tmp_path):
+    flags = [*SIZES, *flags, "--model", model_folder(kind), "--output-dir", tmp_path / "runs"]
+    result = run_script("pretend_gpu", script, *flags, cwd=ROOT / "tests")
+    captures, replays = map(int, re.search(r"(\d+) captures, (\d+) replays", result.stdout).groups())
+    assert captures > 2 * 2 + 2 + 2, "more than rollouts, greedy rollouts and evaluations: rows were dropped on the way"
+    assert replays > 15 * captures / 2, "most graphs serve many tokens"
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    gaps = [gap for _, gap in scalars(run_dir)["policy/sampler_gap"]]
+    assert len(gaps) == 2 and 0 < max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
