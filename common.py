@@ -513,7 +513,8 @@ def _read_jsonl(path, flag_name):
     for number, line in enumerate(text.split("\n") if text else [], start=1):  # JSON may hold other line separators
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            json.dumps(rows[-1], ensure_ascii=False).encode()  # half an emoji, as \\ud83d, is no text
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{flag_name}: expected a JSON object in {path} line {number}, found {line[:40]!r} ({error})"
             ) from None
@@ -914,12 +915,20 @@ class RewardModel:
         require(-labels <= logit < labels, "--reward-logit", f"one of the {labels} logits of {name}", logit)
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
+        # A decoder's score is that of its last token that is no padding, by the id that the config names. If it was
+        # trained without one, the end token of a text counted, and the start token can stand in: none ends with that.
+        config = self.model.config.get_text_config()
+        if self.tokenizer.pad_token is None and config.pad_token_id in self.tokenizer.get_vocab().values():
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
         if self.tokenizer.pad_token is None:
-            require(self.tokenizer.eos_token, "--reward", f"a padding or end token in {name!r}", None)
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        # A decoder's score is that of its last token that is no padding, by the id that the config names.
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            pad_token = self.tokenizer.bos_token or self.tokenizer.eos_token
+            require(pad_token, "--reward", f"a padding, start or end token in {name!r}", None)
+            self.tokenizer.pad_token = pad_token
+        config.pad_token_id = self.tokenizer.pad_token_id
+        positions = getattr(config, "max_position_embeddings", None)
+        for module in self.model.modules():  # RoBERTa's positions begin behind the padding id
+            if isinstance(module, torch.nn.Embedding) and module.num_embeddings == positions and module.padding_idx:
+                positions -= module.padding_idx + 1
         self.max_length = int(min(positions or math.inf, self.tokenizer.model_max_length, 2**30))
         self.name, self.logit, self.batch_size, self.device = name, logit, batch_size, device
         self.has_warned = False

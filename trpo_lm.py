@@ -312,7 +312,7 @@ class Critic(torch.nn.Module):
     def __init__(self, policy):
         super().__init__()
         self.backbone = copy.deepcopy(policy.base_model)
-        self.head = torch.nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        self.head = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 

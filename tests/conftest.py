@@ -47,7 +47,7 @@ SHAPES = {
 
 def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
     """A causal language model with loud random weights, so that its distribution is far from uniform."""
-    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **(SHAPES[kind] | settings))
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **(SHAPES.get(kind, {}) | settings))
     config.bos_token_id = config.eos_token_id = 0
     config.pad_token_id = pad_token_id
     torch.manual_seed(seed)

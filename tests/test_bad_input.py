@@ -111,6 +111,12 @@ def lines(*rows):
     [
         ("", [], ["--dataset", "at least one row"]),
         (lines(GOOD_ROW, "{broken"), [], ["--dataset", "line 2", "{broken"]),
+        (
+            lines(GOOD_ROW, r'{"prompt": "half an emoji \ud83d", "reference": ""}'),
+            [],
+            ["--dataset", "line 2", "surrogates"],
+        ),
+        (lines(GOOD_ROW, '{"prompt": "a", "reference": ' + "9" * 5000 + "}"), [], ["--dataset", "line 2", "digits"]),
         (lines(GOOD_ROW, "[1]"), [], ["--dataset", "line 2", "a JSON object"]),
         (json.dumps([GOOD_ROW] * 1000), [], ["--dataset", "line 1", "one in each line", "..."]),
         (lines(GOOD_ROW, {"reference": "b"}), [], ["--prompt-column", "line 2", "'prompt'"]),

@@ -122,9 +122,13 @@ def test_value_loss_and_its_clipping():
     torch.testing.assert_close(new_values.grad, torch.tensor([[-0.9, 0.0, 1.5]]))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_critic_starts_at_zero_as_a_copy_and_reads_the_right_states(kind):
-    policy, args = tiny_model(kind), Args(response_length=3)
+OPT = dict(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+OPT |= dict(word_embed_proj_dim=8, do_layer_norm_before=False)  # its last hidden states are narrower, as in OPT-350M
+
+
+@pytest.mark.parametrize("kind, size", [("gpt2", {}), ("llama", {}), ("opt", OPT)])
+def test_critic_starts_at_zero_as_a_copy_and_reads_the_right_states(kind, size):
+    policy, args = tiny_model(kind, **size), Args(response_length=3)
     critic = Critic(policy)
     sequences = torch.randint(1, 12, (4, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(sequences, dtype=torch.bool)

@@ -5,7 +5,13 @@ import torch
 from conftest import error_line, run_main, tiny_model
 from safetensors.torch import load_file, save_file
 from test_runs import scalars
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    RobertaConfig,
+)
 
 import common
 import reinforce_lm
@@ -70,6 +76,37 @@ def test_batches_are_scored_alike_whatever_was_saved_with_the_weights(config, pa
     pairs = ["12", "345", "7"], ["777", "", "1234567"]
     scores = [common.load_reward(f"model:{folder}")(*pairs) for folder in (classifier, tmp_path)]
     torch.testing.assert_close(*scores)
+
+
+@pytest.mark.parametrize("trained_with", [None, "#"], ids=["trained without padding", "padding that the config knows"])
+def test_padding_of_a_tokenizer_that_has_none(trained_with, classifier, tmp_path):
+    """An end token that closes a text is part of it, unless the classifier was trained with it as padding."""
+    model, tokenizer = [
+        load.from_pretrained(classifier) for load in (AutoModelForSequenceClassification, AutoTokenizer)
+    ]
+    tokenizer.pad_token, tokenizer.bos_token = None, "!"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<end>"
+    model.config.pad_token_id = trained_with and tokenizer.convert_tokens_to_ids(trained_with)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = [[{"role": "user", "content": "12"}], [{"role": "user", "content": "345"}]]
+    scores = common.load_reward(f"model:{tmp_path}")(prompts, ["777", "1"])
+    texts = ["12777", "3451"]
+    ids = [torch.tensor([tokenizer(f"{text}<end>").input_ids]) for text in texts]
+    expected = [model(input_ids=row).logits[0, -1] for row in ids]
+    torch.testing.assert_close(scores, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_begin_behind_the_padding_id(tmp_path):
+    """RoBERTa has room for 30 tokens where its config says 34."""
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    config = RobertaConfig(vocab_size=13, max_position_embeddings=34, pad_token_id=3, **size)
+    tokenizer = common.character_tokenizer(CHARACTERS)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward_fn = common.load_reward(f"model:{tmp_path}")
+    torch.testing.assert_close(reward_fn(["9" * 60], ["7"]), reward_fn(["9" * 29], ["7"]))
 
 
 def test_a_text_that_is_too_long_is_read_from_its_end_and_said_once(classifier, capsys):
