@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import sys
 import types
 
 import pytest
@@ -152,6 +153,44 @@ def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
     assert sum(kept) < 0.6 * before
     for parameter, expected in zip(model.parameters(), plain):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bfloat16_is_the_precision_of_the_passes(script):
+    module, model, dtypes = importlib.import_module(script), make_model("llama"), []
+    sequences = torch.ones(2, 7, dtype=torch.long)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = module.Args(dtype=str(dtype).removeprefix("torch."), response_length=3)
+        assert module.response_logits(model, sequences, sequences.bool(), args).dtype == dtype
+        if script != "reinforce_lm":
+            critic = module.Critic(model)
+            critic.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+            assert critic(sequences, sequences.bool(), args).dtype == torch.float32
+            assert dtypes.pop() == dtype
+
+
+def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
+    imported, code = tmp_path / "imported", "from transformers import PretrainedConfig, PreTrainedModel\n"
+    code += f"open({str(imported)!r}, 'w')\nclass C(PretrainedConfig):\n    model_type = 'mine'\n"
+    code += "class M(PreTrainedModel):\n    config_class = C\n"
+    (tmp_path / "mine.py").write_text(code)
+    names = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoModelForSequenceClassification": "mine.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    tokenizer = common.character_tokenizer("0123456789")
+    for load in (
+        lambda **trust: common.load_tokenizer(str(tmp_path), [], **trust),
+        lambda **trust: common.load_policy(str(tmp_path), tokenizer, 8, 1, **trust),
+        lambda **trust: common.load_reward(f"model:{tmp_path}", **trust),
+    ):
+        with pytest.raises(common.InputError):
+            load()
+        assert not imported.exists()
+        with pytest.raises((common.InputError, NotImplementedError, AttributeError)):  # there is nothing behind it
+            load(trust_remote_code=True)
+        assert imported.exists()
+        imported.unlink()
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -52,7 +52,9 @@ def test_two_ranks_take_the_step_of_one(script, saved):
     for rank in two:  # what beta is adapted to, before the first step and after it
         for found, expected in zip(rank["divergences"], one["divergences"], strict=True):
             assert found == pytest.approx(expected, rel=0.02, abs=1e-5)
-    assert len(one["searches"]) == (2 if script == "trpo_lm" else 0)
+    assert len(one["searches"]) == len(one["natural steps"]) == (2 if script == "trpo_lm" else 0)
+    for step, expected in zip(two[0]["natural steps"][:1], one["natural steps"]):
+        assert (step - expected).norm() < 1e-5 * expected.norm()
     for search, expected in zip(two[0]["searches"], one["searches"], strict=True):
         assert search == pytest.approx(expected, rel=1e-3)
 
@@ -99,13 +101,18 @@ def torchrun(tmp_path, *flags):
 
 
 def test_torchrun_with_one_writer(tmp_path):
-    result, _ = torchrun(tmp_path, "--total-episodes", 96)
+    result, _ = torchrun(tmp_path, "--total-episodes", 96, "--save-every", 1)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("final eval_score") == 1 and "on 2 x cpu" in result.stdout
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 96
+    last = run_dir / "checkpoint_00000003.pt"
+    expected = torch.load(last)["policy"]
+    last.unlink()
     resumed, _ = torchrun(tmp_path, "--resume", run_dir)
     assert resumed.returncode == 0 and resumed.stdout.count("final eval_score") == 1, resumed.stderr
+    for name, weight in torch.load(last)["policy"].items():
+        assert torch.equal(weight, expected[name]), f"a resumed run differs in {name}"
 
 
 @pytest.mark.parametrize(

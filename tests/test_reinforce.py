@@ -173,11 +173,14 @@ def test_token_statistics_and_their_gradient_are_those_of_autograd(vocab_size):
     torch.testing.assert_close(gradient, torch.autograd.grad((weights * expected).sum(), logits)[0])
 
 
-def test_no_second_tensor_of_logits_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_no_second_tensor_of_logits_is_kept_for_the_backward_pass(temperature):
     model, kept = tiny_model("llama", vocab_size=50), []
     sequences = torch.ones(4, 8, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        logprobs, entropy = policy_logprobs(model, sequences, sequences.bool(), Args(response_length=3))
+        logprobs, entropy = policy_logprobs(
+            model, sequences, sequences.bool(), Args(response_length=3, temperature=temperature)
+        )
     assert logprobs.requires_grad and entropy.requires_grad
     (logits,) = [tensor for tensor in kept if tensor.shape[-1] == 50 and tensor.ndim == 3]
     assert logits.shape == (4, 3, 50) and logits.untyped_storage().nbytes() == logits.numel() * 4, (

@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: the copy contract, learning, resuming, and what a run leaves behind."""
 
+import functools
 import importlib
 import json
 import os
@@ -360,7 +361,9 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys):
 
 def test_control_c_ends_in_one_line(tmp_path):
     command = [sys.executable, "reinforce_lm.py", "--device", "cpu", "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **pipes)
     process.stdout.readline()  # the run has begun
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
