@@ -42,8 +42,9 @@ while it knows nothing, would move the policy, and the weight between the two lo
 
 Departures from the paper: AdamW with clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped
 values (9), and an optional stop by --target-kl; all but AdamW are flags. Departures from reinforce_lm.py: a critic, and
-several steps per batch, which is why log pi_old has to be remembered. From trpo_lm.py: the trust region is a clip or a
-penalty, not a constraint. GAE leaves out the gamma^(t-1) that reinforce_lm.py keeps, as the papers do.
+several steps per batch, which is why log pi_old has to be remembered; and, as most code does, E_t divides by the number
+of tokens, where (7) there divides by the number of responses. GAE leaves out the gamma^(t-1) of that script, as the
+papers do. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
 """

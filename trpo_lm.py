@@ -52,8 +52,9 @@ Departures from the paper: damping relative to the curvature along g, so that on
 share of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
 delta that falls to 0 over the run, since steps of a fixed size would never settle.
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a price, there is no policy
-optimizer and no policy learning rate, and one step per batch. The update is in float32 whatever --dtype says, since
-bfloat16 blurs the KL by as much as a trust region. GAE leaves out the gamma^(t-1) that reinforce_lm.py keeps.
+optimizer and no policy learning rate, and one step per batch. The policy's update is in float32 whatever --dtype says,
+since bfloat16 blurs the KL by as much as a trust region. E_t divides by the number of tokens, where reinforce_lm.py
+divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
 D number of parameters; vectors of all parameters are flat.

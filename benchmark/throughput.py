@@ -16,6 +16,7 @@ update is timed from the end of the one before to its own end, with everything b
 import contextlib
 import cProfile
 import gc
+import importlib
 import importlib.util
 import io
 import json
@@ -44,7 +45,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging as transformers_logging
 
 import common
-import reinforce_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
@@ -447,36 +447,64 @@ def section_scripts(args, scratch):
     compare_runs("**scripts**: default flags, 256 responses per update", settings, args, scratch)
 
 
-def section_profile(args, scratch):
-    flags = dict(output_dir=scratch, device="cpu", eval_every=0, eval_size=1, save_every=0)
+def profile_script(name, args, scratch):
+    """Run a script under a profiler.
+
+    Returns:
+        Milliseconds per update, and a function from names FILE.py:NAME to the share of the time in these functions and
+        what they call, in percent; with `caller`, of their calls from that function alone.
+    """
+    script = importlib.import_module(name)
+    flags = dict(output_dir=f"{scratch}/{name}", device="cpu", eval_every=0, eval_size=1, save_every=0)
     flags["total_episodes"] = 256 * (args.warmup + args.updates)
     profiler = cProfile.Profile()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        profiler.runcall(reinforce_lm.main, reinforce_lm.Args(**flags))
-    total = sum(event.value for event in read_events(scratch)[1].Scalars("time/iteration_seconds"))
-
-    rows = pstats.Stats(profiler).stats.items()  # (path, line, name) -> calls, calls, own and whole seconds, ...
-
-    def share(*functions):
-        """Share of the time inside of functions, given as FILE.py:NAME, and of what they call."""
-        found = [row[3] for (path, _, name), row in rows if f"{Path(path).name}:{name}" in functions]
-        return 100 * sum(found) / total
-
-    without_gradient, rollout = share("reinforce_lm.py:batched_logprobs"), share("common.py:rollout")
-    passes = share("common.py:__init__", "common.py:step")  # of Decoder
-    parts = {
-        "rollout, passes of the model": passes,
-        "rollout, sampling and the rest": rollout - passes,
-        "pass without gradient, for the KL": without_gradient,
-        "forward pass of the loss": share("reinforce_lm.py:policy_logprobs") - without_gradient,
-        "backward pass": share("_tensor.py:backward"),
-        "clipping and optimizer": share("reinforce_lm.py:sum_and_clip_gradients", "adamw.py:step"),
-        "texts and rewards": share("common.py:decode", "common.py:score_responses"),
+        profiler.runcall(script.main, script.Args(**flags))
+    total = sum(event.value for event in read_events(flags["output_dir"])[1].Scalars("time/iteration_seconds"))
+    stats = {  # own and whole seconds, and the same by caller
+        f"{Path(path).name}:{function}": (row[3], {key[2]: calls[3] for key, calls in row[4].items()})
+        for (path, _, function), row in pstats.Stats(profiler).stats.items()
+        if Path(path).name in ("common.py", f"{name}.py", "_tensor.py", "adamw.py")
     }
-    parts["all else"] = 100 - sum(parts.values())
-    milliseconds = 1e3 * total / (args.warmup + args.updates)
-    title = f"**profile**: `reinforce_lm.py`, default flags, {milliseconds:.0f} ms per update under the profiler"
-    print_table(title, ("", "share"), [(name, f"{part:.0f} %") for name, part in parts.items()])
+
+    def share(*functions, caller=None):
+        found = [stats[function] for function in functions if function in stats]
+        return 100 * sum(by_caller.get(caller, 0) if caller else whole for whole, by_caller in found) / total
+
+    return 1e3 * total / (args.warmup + args.updates), share
+
+
+def section_profile(args, scratch):
+    for name in [Path(script).stem for script in SCRIPTS]:
+        milliseconds, share = profile_script(name, args, scratch)
+        decoder = share("common.py:__init__", "common.py:step")
+        values = share(f"{name}.py:batched_values")
+        parts = {
+            "rollout, passes of the model": decoder,
+            "rollout, sampling and the rest": share("common.py:rollout") - decoder,
+            "passes of policy and reference without gradient": share(f"{name}.py:batched_logprobs"),
+        }
+        if name == "reinforce_lm":
+            parts["forward pass of the loss"] = share("reinforce_lm.py:policy_logprobs", caller="main")
+            parts["backward pass"] = share("_tensor.py:backward")
+        else:
+            parts["passes of the critic without gradient"] = values
+        if name == "ppo_lm":
+            parts["forward passes of the policy's loss"] = share("ppo_lm.py:response_logits", caller="main")
+            parts["forward passes of the critic's loss"] = share("ppo_lm.py:forward") - values
+            parts["backward passes of both"] = share("_tensor.py:backward")
+        if name == "trpo_lm":
+            parts["gradient of the surrogate"] = share("trpo_lm.py:surrogate_gradient")
+            parts["Fisher products"] = share("trpo_lm.py:fisher_vector_product")
+            parts["x'Fx on the whole batch"] = share("trpo_lm.py:fisher_quadratic_form")
+            parts["line search"] = share("trpo_lm.py:line_search")
+            parts["forward passes of the critic's loss"] = share("trpo_lm.py:forward") - values
+            parts["backward passes of the critic's loss"] = share("_tensor.py:backward")
+        parts["clipping and optimizers"] = share(f"{name}.py:sum_and_clip_gradients", "adamw.py:step")
+        parts["texts and rewards"] = share("common.py:decode", "common.py:score_responses")
+        parts["all else"] = 100 - sum(parts.values())
+        title = f"**profile**: `{name}.py`, default flags, {milliseconds:.0f} ms per update under the profiler"
+        print_table(title, ("", "share"), [(part, f"{percent:.0f} %") for part, percent in parts.items()])
 
 
 def section_scaling(args, scratch):
