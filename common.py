@@ -144,7 +144,7 @@ def check_args(args, world_size):
     for name in ("temperature", "kl_horizon"):
         require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
     require(0 < args.gamma <= 1, "--gamma", "more than 0 and at most 1", args.gamma)
-    require(args.seed >= 0, "--seed", "0 or more", args.seed)
+    require(0 <= args.seed < 2**63, "--seed", "0 or more, in 63 bits", args.seed)
     require(args.kl_coef or not args.kl_target, "--kl-target", "a positive --kl-coef to adapt", args.kl_coef)
     expected = f"more than a fifth of --batch-size ({args.batch_size}), or beta could become negative"
     require(not args.kl_target or 5 * args.kl_horizon > args.batch_size, "--kl-horizon", expected, args.kl_horizon)
@@ -169,7 +169,7 @@ def check_resume(args, checkpoint, script, world_size):
     require(world_size == ranks, "--resume", f"the {ranks} ranks of {args.resume}", world_size)
     is_annealed = any(value for name, value in asdict(args).items() if name.startswith("anneal"))
     changeable = CHANGEABLE | (set() if is_annealed else {"total_episodes"})
-    done = checkpoint["iteration"] * args.batch_size
+    done = checkpoint["iteration"] * checkpoint["args"]["batch_size"]
     require(
         args.total_episodes >= done, "--total-episodes", f"at least the {done} of {args.resume}", args.total_episodes
     )
@@ -588,6 +588,13 @@ def rename_columns(rows, names, prompt_column, reference_column):
 PAD_ID = 0
 
 
+def without_added_end(tokenizer, text, tokens):
+    """`tokens` of a text without the end token that some tokenizers add: a response could not follow it."""
+    end = tokenizer.eos_token
+    is_added = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(end)
+    return tokens[:-1] if is_added else tokens
+
+
 def encode_prompts(tokenizer, rows, names, prompt_length):
     """Token ids of the prompts, padded on the left, so that every response starts at the same column.
 
@@ -600,7 +607,9 @@ def encode_prompts(tokenizer, rows, names, prompt_length):
     """
     texts = [row["prompt"] for row in rows]
     if all(isinstance(text, str) for text in texts):
-        encoded = tokenizer(texts).input_ids
+        encoded = [
+            without_added_end(tokenizer, text, tokens) for text, tokens in zip(texts, tokenizer(texts).input_ids)
+        ]
     elif tokenizer.chat_template is None:
         raise InputError(
             "--model: expected a chat template, since prompts are lists of messages; the tokenizer has none"
@@ -610,10 +619,10 @@ def encode_prompts(tokenizer, rows, names, prompt_length):
         encoded = []
         for text, name in zip(texts, names):
             try:
-                is_text = isinstance(text, str)
-                encoded.append(
-                    tokenizer(text).input_ids if is_text else tokenizer.apply_chat_template(text, **template)
-                )
+                if isinstance(text, str):
+                    encoded.append(without_added_end(tokenizer, text, tokenizer(text).input_ids))
+                else:
+                    encoded.append(tokenizer.apply_chat_template(text, **template))
             except Exception as error:  # a role that the template does not take, say
                 raise InputError(f"{name}: expected messages for the chat template, found {text!r} ({error})") from None
     for tokens, name in zip(encoded, names):
@@ -915,6 +924,7 @@ class RewardModel:
         require(-labels <= logit < labels, "--reward-logit", f"one of the {labels} logits of {name}", logit)
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer.truncation_side = "left"  # of a text that is too long, the response stays
+        self.tokenizer.padding_side = "right"  # positions are counted from the first token, whatever it is
         # A decoder's score is that of its last token that is no padding, by the id that the config names. If it was
         # trained without one, the end token of a text counted, and the start token can stand in: none ends with that.
         config = self.model.config.get_text_config()
@@ -989,7 +999,7 @@ def load_reward(name, *prompt_sets, logit=-1, batch_size=64, device="cpu", trust
         sys.path.append(str(Path(path).resolve().parent))  # it may import what lies beside it
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"--reward: importing {path} raised {_describe(error)}") from None
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
@@ -1053,7 +1063,7 @@ def score_responses(reward_fn, reward_name, prompts, responses, iteration, clip=
         found = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else repr(scores)
         raise InputError(f"{where}, {names[0]} to {names[-1]}: expected {len(responses)} scores, found {found}")
     for score, name, response in zip(scores, names, responses):
-        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+        if not isinstance(score, numbers.Real) or not abs(score) <= torch.finfo(torch.float32).max:
             raise InputError(f"{where}, {name}: expected a finite number, found {score!r}; response {response!r}")
     scores = torch.tensor([float(score) for score in scores])
     return scores.clamp(-clip, clip) if clip else scores

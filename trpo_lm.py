@@ -312,6 +312,7 @@ class Critic(torch.nn.Module):
 
     def __init__(self, policy):
         super().__init__()
+        require(policy.base_model is not policy, "--model", "layers below a head, for the critic", type(policy))
         self.backbone = copy.deepcopy(policy.base_model)
         self.head = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
         torch.nn.init.zeros_(self.head.weight)
@@ -749,9 +750,9 @@ def main(args, checkpoint=None):
             rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
         )
         returns = advantages + values  # (B, R) (5)
-        variance = masked_variance(returns, response_mask).clamp(min=1e-12)  # 0 if all returns are the same
-        unexplained = masked_variance(advantages, response_mask) / variance
-        metrics["value/explained_variance"] = 1 - unexplained.item()
+        variance = masked_variance(returns, response_mask)
+        explained = 1 - masked_variance(advantages, response_mask) / variance
+        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # all returns are the same
         metrics["value/mean"] = masked_mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = whiten(advantages, response_mask)

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from conftest import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import common
@@ -49,6 +49,18 @@ def test_prompts_are_padded_on_the_left():
     assert [row["prompt"] for row in chosen.rows] == ["b", "ab", "b"] and chosen.names == ["row 3", "row 1", "row 3"]
     assert [row[mask].tolist() for row, mask in zip(chosen.ids, chosen.mask)] == [[b], [a, b], [b]]
     assert chosen.ids.shape == (3, 2), "the longest of the chosen ones has two tokens"
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
+    tokenizer = common.character_tokenizer("ab<>!")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A <end>", None, [("<end>", 0)])
+    assert tokenizer("ab").input_ids[-1] == 0
+    tokenizer.chat_template = TEMPLATE
+    for rows in ([{"prompt": "ab"}], [{"prompt": CHAT}, {"prompt": "ab"}]):
+        last = encode(rows, tokenizer=tokenizer, prompt_length=20)
+        assert tokenizer.decode(last.ids[-1][last.mask[-1]]) == "ab"
+    own = encode([{"prompt": "ab<end>"}], tokenizer=tokenizer)
+    assert own.ids[0, -1] == 0, "one that the prompt ends with stays"
 
 
 def test_chat_prompts_go_through_the_template():
@@ -193,6 +205,8 @@ def test_a_reward_file_imports_what_lies_beside_it(tmp_path):
         ("[1.0, None, 1.0, 1.0]", "iteration 7, row 1: expected a finite number, found None"),
         ("[1.0, 1.0, float('nan'), 1.0]", "iteration 7, row 2: expected a finite number, found nan"),
         ("[1.0, 1.0, 1.0, float('inf')]", "iteration 7, row 2: expected a finite number, found inf"),
+        ("[1.0, 1.0, 1.0, -1e39]", "iteration 7, row 2: expected a finite number, found -1e+39"),
+        ("[1.0, 1.0, 1.0, 10**400]", "iteration 7, row 2: expected a finite number, found 1000"),
         ("['1', 1.0, 1.0, 1.0]", "iteration 7, row 1: expected a finite number, found '1'"),
         ("[1.0]", "iteration 7, row 1 to row 2: expected 4 scores, found 1 values"),
         ("None", "iteration 7, row 1 to row 2: expected 4 scores, found None"),

@@ -148,12 +148,27 @@ def test_critic_starts_at_zero_as_a_copy_and_reads_the_right_states(kind, size):
     torch.testing.assert_close(batched_values(critic, sequences, mask, 3, args), values.detach())
 
 
+def test_a_model_without_layers_below_its_head_has_no_critic():
+    policy = tiny_model()
+    policy.base_model_prefix = "none"
+    with pytest.raises(common.InputError, match="--model: expected layers below a head, for the critic"):
+        Critic(policy)
+
+
 def ppo_run(tmp_path, *flags):
     """Run ppo_lm.py; returns what it logged, tag -> list of values."""
     folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     run_main(ppo_lm, *SHORT, "--output-dir", folder, *flags)
     (run_dir,) = folder.iterdir()
     return {tag: [value for _, value in values] for tag, values in scalars(run_dir).items()}
+
+
+def test_equal_returns_have_nothing_to_explain(tmp_path):
+    (tmp_path / "same.py").write_text("def score(prompts, responses, **columns):\n    return [1.0] * len(responses)\n")
+    seen = ppo_run(
+        tmp_path, "--reward", f"{tmp_path}/same.py:score", "--kl-coef", 0, "--gae-lambda", 1, "--total-episodes", 96
+    )
+    assert set(seen["value/explained_variance"]) == {0.0} and seen["value/mean"][-1] > 0
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl_penalty"])

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     RobertaConfig,
 )
@@ -95,6 +96,17 @@ def test_padding_of_a_tokenizer_that_has_none(trained_with, classifier, tmp_path
     ids = [torch.tensor([tokenizer(f"{text}<end>").input_ids]) for text in texts]
     expected = [model(input_ids=row).logits[0, -1] for row in ids]
     torch.testing.assert_close(scores, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_that_pads_on_the_left(tmp_path):
+    """GPT-2's classifiers count positions from the first column, which must be a text's."""
+    tokenizer = common.character_tokenizer(CHARACTERS)
+    tokenizer.padding_side = "left"
+    size = dict(n_positions=32, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0, initializer_range=1.0)
+    AutoModelForSequenceClassification.from_config(GPT2Config(vocab_size=13, **size)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward_fn = common.load_reward(f"model:{tmp_path}")
+    torch.testing.assert_close(reward_fn(["12", "345678"], ["777", "0"])[:1], reward_fn(["12"], ["777"]))
 
 
 def test_positions_that_begin_behind_the_padding_id(tmp_path):

@@ -352,6 +352,7 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys):
     run_main(reinforce_lm, "--resume", run_dir)  # a run that had ended is evaluated and saved again
     assert final_line(capsys.readouterr().out)["episodes"] == "96"
     assert "--total-episodes: expected at least the 96" in error_of("--total-episodes", 64)
+    assert "--batch-size: expected 32 as in" in error_of("--batch-size", 48)
     path = sorted(run_dir.glob("checkpoint_*.pt"))[-1]
     torch.save(torch.load(path) | {"world_size": 2}, path)
     assert "--resume: expected the 2 ranks" in error_of()
