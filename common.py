@@ -513,7 +513,7 @@ def _read_jsonl(path, flag_name):
     for number, line in enumerate(text.split("\n") if text else [], start=1):  # JSON may hold other line separators
         try:
             rows.append(json.loads(line))
-            json.dumps(rows[-1], ensure_ascii=False).encode()  # half an emoji, as \\ud83d, is no text
+            json.dumps(rows[-1], ensure_ascii=False).encode()  # half an emoji, as \ud83d, is no text
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{flag_name}: expected a JSON object in {path} line {number}, found {line[:40]!r} ({error})"
@@ -589,10 +589,12 @@ PAD_ID = 0
 
 
 def without_added_end(tokenizer, text, tokens):
-    """`tokens` of a text without the end token that some tokenizers add: a response could not follow it."""
-    end = tokenizer.eos_token
-    is_added = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(end)
-    return tokens[:-1] if is_added else tokens
+    """`tokens` of a text without the end token that some tokenizers add: a response could not follow it.
+
+    A list of messages keeps what its chat template wrote.
+    """
+    ends = isinstance(text, str) and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
+    return tokens[:-1] if ends and not text.endswith(tokenizer.eos_token) else tokens
 
 
 def encode_prompts(tokenizer, rows, names, prompt_length):
@@ -607,9 +609,7 @@ def encode_prompts(tokenizer, rows, names, prompt_length):
     """
     texts = [row["prompt"] for row in rows]
     if all(isinstance(text, str) for text in texts):
-        encoded = [
-            without_added_end(tokenizer, text, tokens) for text, tokens in zip(texts, tokenizer(texts).input_ids)
-        ]
+        encoded = tokenizer(texts).input_ids
     elif tokenizer.chat_template is None:
         raise InputError(
             "--model: expected a chat template, since prompts are lists of messages; the tokenizer has none"
@@ -619,12 +619,13 @@ def encode_prompts(tokenizer, rows, names, prompt_length):
         encoded = []
         for text, name in zip(texts, names):
             try:
-                if isinstance(text, str):
-                    encoded.append(without_added_end(tokenizer, text, tokenizer(text).input_ids))
-                else:
-                    encoded.append(tokenizer.apply_chat_template(text, **template))
+                is_text = isinstance(text, str)
+                encoded.append(
+                    tokenizer(text).input_ids if is_text else tokenizer.apply_chat_template(text, **template)
+                )
             except Exception as error:  # a role that the template does not take, say
                 raise InputError(f"{name}: expected messages for the chat template, found {text!r} ({error})") from None
+    encoded = [without_added_end(tokenizer, *pair) for pair in zip(texts, encoded)]
     for tokens, name in zip(encoded, names):
         require(
             0 < len(tokens) <= prompt_length, f"--prompt-length ({name})", f"1 to {prompt_length} tokens", len(tokens)

@@ -461,7 +461,7 @@ def profile_script(name, args, scratch):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         profiler.runcall(script.main, script.Args(**flags))
     total = sum(event.value for event in read_events(flags["output_dir"])[1].Scalars("time/iteration_seconds"))
-    stats = {  # own and whole seconds, and the same by caller
+    stats = {  # seconds with all that it calls, in all and by caller
         f"{Path(path).name}:{function}": (row[3], {key[2]: calls[3] for key, calls in row[4].items()})
         for (path, _, function), row in pstats.Stats(profiler).stats.items()
         if Path(path).name in ("common.py", f"{name}.py", "_tensor.py", "adamw.py")
