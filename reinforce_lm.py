@@ -1,13 +1,12 @@
 """REINFORCE for language models, in one file. Copy it with common.py into your project.
 
-    python reinforce_lm.py                                      # laptop CPU, a minute: learns to sort digits
-    python reinforce_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function --response-length 256 \\
-        --learning-rate 1e-6 --dtype bfloat16 --micro-batch-size 16                      # a pretrained model on a GPU
-    torchrun --nproc-per-node 8 reinforce_lm.py --model DIR ...                                   # and on eight GPUs
+    python reinforce_lm.py                                      # laptop CPU, half a minute: learns to sort digits
+    python reinforce_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function             # a pretrained model
+    torchrun --nproc-per-node 8 reinforce_lm.py --model DIR ...                                   # on eight GPUs
 
 Generating text is a Markov decision process. The state s_t is the prompt and the tokens so far, the action a_t is the
 next token, the policy pi is the language model, and an end token is an action like any other. A response a_1 ... a_T
-earns one score, on its last token, and pays for leaving a frozen reference policy (Ziegler et al. 2019):
+earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
     (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-target
@@ -20,10 +19,12 @@ REINFORCE (Williams 1992) climbs the expected discounted return by sampling its 
     (6)  A_it          = gamma^(t-1) G_it - b_i                                            advantage in response i
     (7)  g             = 1/B sum_i sum_t grad log pi(a_it | s_it) A_it                     Monte-Carlo estimate of (4)
 
-(4) is Sutton et al. 2000. That r_t itself depends on theta adds nothing: E[grad log pi] is 0. (7) is a mean over the B
-responses of a batch and a sum over the tokens of each; divided by the length, which is random, it would be the gradient
-of something else. The baseline b_i lowers the variance, and leaves the expectation alone as long as it does not depend
-on response i. With G_i1 the return of the whole response i:
+(4) is Sutton et al. 2000. The advantage says how much better a response turned out than expected: its tokens become
+more likely if it is positive, less likely if it is negative. Probabilities sum to 1 whatever theta is, so that
+E[grad log pi] = sum_a pi(a) grad pi(a) / pi(a) = grad sum_a pi(a) = 0: a baseline b that does not depend on the action
+lowers the variance and leaves the expectation alone, and that r_t itself depends on theta adds nothing. (7) is a mean
+over the B responses of a batch and a sum over the tokens of each; divided by the length, which is random, it would be
+the gradient of something else. With G_i1 the return of the whole response i, the baselines are:
 
     (8)   none           b_i = 0
     (9)   mean           b_i = mean of G_j1 over the batch; i itself is in it, so the expectation is (1 - 1/B) grad J
@@ -32,176 +33,121 @@ on response i. With G_i1 the return of the whole response i:
     (12)  greedy         b_i = score of the greedy response to i's prompt (self-critical training, Rennie et al. 2017)
 
 For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: AdamW with clipped gradients takes
-the place of plain gradient ascent, and advantages may be divided by their deviation over the batch, which changes the
-length of g and not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no critic, and
-gamma^(t-1) stays in (4), where most code drops it.
+the place of plain gradient ascent, and advantages may be divided by their standard deviation over the batch, which
+changes the norm of g but not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no
+critic, and gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
-V vocabulary.
+V vocabulary. common.py begins with a drawing of how prompts, responses, masks and logits are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
 import copy
 import json
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import common
+from common import Fraction, NonNegative, Positive, ZeroToOne, all_reduce, make_generator
+
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-import common
-from common import all_reduce, flag, make_generator, require
 
 
 # ===== Arguments (shared by all three scripts) =====
 @dataclass
 class Args:
-    seed: int = 1
-    """seed of random weights, prompt order and sampling"""
-    device: str = "auto"
-    """auto, cpu or cuda; auto takes a GPU if there is one"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of forward and backward passes; weights, gradients and optimizer state are always float32"""
-    output_dir: str = "runs"
-    """folder for the run directories"""
-    resume: str = ""
-    """run directory to continue from its newest checkpoint; all other flags default to those of that run"""
-    save_every: int = 100
-    """iterations between checkpoints, of which the newest two are kept; 0 for none"""
-    eval_every: int = 100
-    """iterations between evaluations on held-out prompts; 0 for only before the first and after the last"""
-    eval_size: int = 512
-    """held-out prompts; without --eval-dataset they are split off the training rows, at most a tenth of them"""
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """precision of forward and backward passes; weights, gradients and optimizer state are always float32"""
     activation_checkpointing: bool = False
-    """keep only the input of each layer for the backward pass and compute the rest again: less memory, more time"""
+    """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """sample on CUDA over a cache of fixed size with a captured graph of the pass of one token"""
+    """on CUDA, sample with a cache of fixed size and a captured graph of the pass of one token"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
-    """held-out prompts, named like --dataset; empty to split them off the training rows"""
+    """held-out prompts, given like --dataset; empty to split them off the training rows"""
+    eval_size: Positive[int] = 256
+    """number of held-out prompts; without --eval-dataset at most a tenth of the training rows"""
     prompt_column: str = "prompt"
     """column with the prompt: text, or a list of messages for the chat template"""
     reference_column: str = "reference"
     """column with the reference answer, if there is one"""
+    prompt_length: Positive[int] = 512
+    """longest prompt that is accepted, in tokens"""
     reward: str = "match"
     """match, exact, rouge, bleu, model:NAME (a classifier), or FILE.py:function(prompts, responses, **columns)"""
     reward_logit: int = -1
     """the logit of --reward model:NAME that is the score, counted from 0, or from the end with -1"""
-    reward_clip: float = 0.0
-    """scores are clipped to between minus and plus this; 0 for no limit"""
-    prompt_length: int = 512
-    """longest prompt that is accepted, in tokens"""
-    response_length: int = 6
-    """longest response, in tokens, the end token included"""
-    temperature: float = 1.0
-    """sampling temperature; the policy that is trained is the one at this temperature"""
-    total_episodes: int = 102_400
+    reward_clip: NonNegative[float] = 0.0
+    """scores are clipped to plus and minus this; 0 for no limit"""
+    total_episodes: Positive[int] = 10_240
     """responses to train on, rounded down to whole batches"""
-    batch_size: int = 256
+    batch_size: Positive[int] = 128
     """responses per iteration, over all ranks"""
-    samples_per_prompt: int = 4
+    samples_per_prompt: Positive[int] = 4
     """responses to each prompt"""
-    micro_batch_size: int = 0
-    """responses per forward and backward pass, to bound memory; 0 for all of the rank's at once"""
-    rollout_batch_size: int = 0
-    """responses sampled at once, to bound memory; 0 for all of the rank's at once"""
-    kl_coef: float = 0.02
-    """beta, the price of one nat of divergence from the reference policy; 0 keeps no reference in memory"""
-    kl_target: float = 0.0
-    """nats per response that beta is adapted to; 0 keeps beta fixed"""
-    kl_horizon: int = 10_000
+    response_length: Positive[int] = 128
+    """longest response, in tokens, the end token included"""
+    temperature: Positive[float] = 1.0
+    """sampling temperature; the policy that is trained is the one at this temperature"""
+    micro_batch_size: Positive[int] = 8
+    """responses per forward and backward pass; bounds memory and changes nothing else"""
+    rollout_batch_size: Positive[int] = 256
+    """responses sampled at once, at least those of one prompt; bounds memory"""
+    output_dir: str = "runs"
+    """folder for the run directories"""
+    resume: str = ""
+    """run directory to continue from its newest checkpoint; all other flags default to those of that run"""
+    save_every: NonNegative[int] = 10
+    """iterations between checkpoints, of which the newest two are kept; 0 for none"""
+    eval_every: NonNegative[int] = 10
+    """iterations between evaluations on held-out prompts; 0 for only before the first and after the last"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one"""
+    seed: NonNegative[int] = 1
+    """seed of random weights, prompt order and sampling"""
+    kl_coef: NonNegative[float] = 0.05
+    """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
+    kl_target: NonNegative[float] = 0.0
+    """KL to the reference, in nats per response, that beta is adapted to; 0 keeps beta fixed"""
+    kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
-    gamma: float = 1.0
+    gamma: Fraction[float] = 1.0
     """discount per token"""
 
     # Algorithm specific arguments
     # ===== Arguments (algorithm) =====
-    learning_rate: float = 2e-3
+    learning_rate: Positive[float] = 5e-6
     """learning rate of AdamW"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
-    max_grad_norm: float = 1.0
-    """length that gradients are clipped to"""
+    max_grad_norm: Positive[float] = 1.0
+    """maximum gradient norm"""
     baseline: Literal["none", "mean", "ema", "leave_one_out", "greedy"] = "leave_one_out"
     """baseline that is subtracted from the returns"""
-    ema_decay: float = 0.9
-    """share of the old value in the moving average of --baseline ema"""
+    ema_decay: ZeroToOne[float] = 0.9
+    """weight of the old value in the moving average of --baseline ema"""
     normalize_advantages: bool = False
     """divide advantages by their standard deviation over the whole batch"""
 
 
-# ===== Statistics, log-probabilities, rewards, ranks (shared by all three scripts) =====
-def masked_mean(values, mask):
-    """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar.
-
-    Summed in float64, so that the mean of equal values is that value: a remainder would be taken for an advantage.
-    """
-    total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
-    return (total / count).to(values.dtype)
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
+TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, micro_batch_size=256, rollout_batch_size=512)
+TINY |= dict(response_length=6, eval_size=512, save_every=100, eval_every=100, kl_coef=0.02, learning_rate=2e-3)
 
 
-def masked_variance(values, mask):
-    """Population variance of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
-    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
-
-
-def whiten(values, mask, shift_mean=True):
-    """Divide `values` by their deviation over the True entries of `mask`, on all ranks. What the mask leaves out is 0.
-
-    The mean is subtracted too unless `shift_mean` is False.
-    """
-    shift = masked_mean(values, mask) if shift_mean else 0.0
-    return ((values - shift) / (masked_variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
-
-
-def response_logits(model, sequences, attention_mask, args):
-    """Logits that `model` has for the responses, divided by the sampling temperature.
-
-    Args:
-        sequences, attention_mask: (b, P+R) prompts and responses, and where they are real.
-    Returns:
-        (b, R, V), for each response token given what stands before it; the prompt's positions get none.
-    """
-    with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        logits = model(
-            input_ids=sequences[:, :-1],  # the last token is only predicted
-            attention_mask=attention_mask[:, :-1],
-            position_ids=common.position_ids(attention_mask)[:, :-1],
-            logits_to_keep=args.response_length,
-            use_cache=False,
-        ).logits
-    return logits if args.temperature == 1 else common.full_precision(logits) / args.temperature
-
-
-def policy_logprobs(model, sequences, attention_mask, args):
-    """Log-probabilities and entropies of the responses at the sampling temperature: two (b, P+R) -> two (b, R)."""
-    logits = response_logits(model, sequences, attention_mask, args)  # (b, R, V)
-    return common.token_statistics(logits, sequences[:, -args.response_length :])
-
-
-@torch.no_grad()
-def batched_logprobs(model, sequences, attention_mask, micro_batch_size, args):
-    """`policy_logprobs` of a whole batch, without gradient, by micro-batches: -> (B, R)."""
-    batches = zip(sequences.split(micro_batch_size), attention_mask.split(micro_batch_size))
-    return torch.cat([policy_logprobs(model, *batch, args)[0] for batch in batches])
-
-
+# ===== KL-shaped rewards (shared by all three scripts) =====
 def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
-    """Reward of each token: the price of its divergence, and on the last real token the score.
+    """Reward of each token: its KL penalty, and on the last real token the score.
 
     Args:
         scores: (B,). logprobs, ref_logprobs, response_mask: (B, R).
@@ -221,44 +167,7 @@ def adapt_kl_coef(kl_coef, kl_ref, num_responses, args):
     return kl_coef * (1 + error * num_responses / args.kl_horizon)  # (2)
 
 
-def mean(values):
-    """Mean of `values` over all ranks."""
-    return masked_mean(values, torch.ones_like(values, dtype=torch.bool))
-
-
-def sum_and_clip_gradients(model, max_grad_norm):
-    """Sum the gradients of all ranks in place, and clip their length to `max_grad_norm`.
-
-    Losses are divided by counts over all ranks, so no mean is taken.
-
-    Returns:
-        Length before clipping.
-    Raises:
-        InputError: if a gradient is not finite.
-    """
-    for parameter in model.parameters():
-        if parameter.grad is None:  # an expert that no token of this rank went through
-            parameter.grad = torch.zeros_like(parameter)
-    common.all_reduce_in_place([parameter.grad for parameter in model.parameters()])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    require(norm.isfinite(), f"gradient of the {type(model).__name__}", "a finite one; try a lower rate", norm.item())
-    return norm
-
-
 # ===== Equations (algorithm) =====
-def check_algorithm_args(args, per_rank):
-    """Raise `InputError` for the first of REINFORCE's own flags with a value that makes no sense.
-
-    per_rank: responses per batch and rank.
-    """
-    for name in ("learning_rate", "max_grad_norm"):
-        require(getattr(args, name) > 0, flag(name), "a positive number", getattr(args, name))
-    require(0 <= args.ema_decay < 1, "--ema-decay", "at least 0 and less than 1", args.ema_decay)
-    if args.baseline == "leave_one_out":
-        expected = "at least 2 for --baseline leave_one_out"
-        require(args.samples_per_prompt > 1, "--samples-per-prompt", expected, args.samples_per_prompt)
-
-
 def discounted_returns(rewards, gamma):
     """Discounted reward-to-go as (4) needs it, gamma^(t-1) G_t = sum_{l >= t} gamma^(l-1) r_l: (B, R) -> (B, R)."""
     discounts = gamma ** torch.arange(rewards.shape[1], dtype=rewards.dtype, device=rewards.device)  # (R,)
@@ -270,17 +179,17 @@ def compute_baseline(kind, returns, samples_per_prompt, ema, greedy_scores):
 
     Args:
         kind: "none", "mean", "ema", "leave_one_out" or "greedy".
-        returns: (B,) returns G_1 of whole responses; those of one prompt stand next to each other.
+        returns: (B,) returns G_1 of whole responses; those to one prompt are next to each other.
         ema: moving average of earlier batches' mean returns. greedy_scores: (B,), for "greedy".
     Returns:
         (B,)
     """
     if kind == "mean":
-        return mean(returns).expand_as(returns)  # (9)
+        return common.mean(returns).expand_as(returns)  # (9)
     if kind == "ema":
         return torch.full_like(returns, ema)  # (10)
     if kind == "leave_one_out":
-        groups = returns.double().view(-1, samples_per_prompt)  # (N, k), in which equal returns leave no remainder
+        groups = returns.double().view(-1, samples_per_prompt)  # (N, k), in float64, or equal returns would differ
         others = (groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)  # (N, k)
         return others.view(-1).to(returns.dtype)  # (11)
     if kind == "greedy":
@@ -297,251 +206,182 @@ def policy_gradient_loss(new_logprobs, advantages, response_mask, num_responses)
     return -(advantages * new_logprobs).where(response_mask, 0.0).sum() / num_responses  # (7)
 
 
-# ===== Main: checks and sizes (shared by all three scripts) =====
+# ===== Main: data, reward and models (shared by all three scripts) =====
 def main(args, checkpoint=None):
-    start_time = time.time()
-    script = Path(__file__).stem
+    start_time, script = time.time(), Path(__file__).stem
     rank, world_size, device = common.start_ranks(args.device)
-    if checkpoint:
-        common.check_resume(args, checkpoint, script, world_size)
-    common.check_args(args, world_size)
-    check_algorithm_args(args, args.batch_size // world_size)
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise common.InputError(f"--output-dir: expected a folder that can be written ({error})") from None
+    common.check_flags(args, script, world_size, checkpoint)
     local_batch_size = args.batch_size // world_size  # responses on this rank
-    local_prompts = local_batch_size // args.samples_per_prompt
-    micro_batch_size = args.micro_batch_size or local_batch_size
     num_iterations = args.total_episodes // args.batch_size
-
-    # ===== Prompts, reward, policy and reference (shared by all three scripts) =====
-    tokenizer, train_prompts, eval_prompts = common.load_prompts(
-        model=args.model,
-        dataset=args.dataset,
-        eval_dataset=args.eval_dataset,
-        eval_size=args.eval_size,
-        prompt_column=args.prompt_column,
-        reference_column=args.reference_column,
-        prompt_length=args.prompt_length,
-        trust_remote_code=args.trust_remote_code,
-    )
-    score_responses = partial(
-        common.score_responses,
-        common.load_reward(
-            args.reward,
-            train_prompts,
-            eval_prompts,
-            logit=args.reward_logit,
-            batch_size=micro_batch_size,
-            device=device,
-            trust_remote_code=args.trust_remote_code,
-        ),
-        args.reward,
-        clip=args.reward_clip,
-    )
-    expected = f"a held-out prompt for each of {world_size} ranks"
-    require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
-    context_length = max(train_prompts.ids.shape[1], eval_prompts.ids.shape[1]) + args.response_length
-    policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code).to(device)
+    tokenizer, train_prompts, eval_prompts = common.load_prompts(args)
+    reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
+    context_length = max(map(len, train_prompts.ids + eval_prompts.ids)) + args.response_length
+    policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code)
     end_ids = common.end_token_ids(tokenizer, policy)
-    reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef else None
-    # Sampling in bfloat16 reads half the memory. The copy follows the policy, whose own weights stay in float32.
-    sampler = common.bfloat16_copy(policy) if args.dtype == "bfloat16" else policy
-    sample = partial(
-        common.rollout,
-        sampler,
-        response_length=args.response_length,
-        end_ids=end_ids,
-        rollout_batch_size=args.rollout_batch_size,
-        cuda_graph=args.cuda_graph,
-    )
+    # Sampling in bfloat16 reads half the memory; the policy's own weights stay in float32.
+    sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
+    reference = None
+    if args.kl_coef:
+        reference = common.prepare(copy.deepcopy(policy).requires_grad_(False), device, args)
 
     # ===== Optimizer (algorithm) =====
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
-    )
-    # What a checkpoint holds: these and a few numbers.
-    trained = {"policy": policy, "optimizer": optimizer}
-    # One step per batch needs no ratio, and for the KL the sampler's log-probabilities will do, if it is the policy.
-    needs_logprobs = reference is not None and sampler is not policy
-    numbers = {"kl_coef": args.kl_coef, "ema_baseline": 0.0}
+    is_alone = args.baseline == "leave_one_out" and args.samples_per_prompt == 1
+    common.require(not is_alone, "--samples-per-prompt", "at least 2 for --baseline leave_one_out", 1)
+    policy = common.prepare(policy, device, args)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    trained = {"policy": policy, "optimizer": optimizer}  # what a checkpoint holds
+    carried = {"kl_coef": args.kl_coef, "ema_baseline": None}  # and what goes from one iteration to the next
 
-    # ===== Memory and speed, resume, log (shared by all three scripts) =====
-    # Only after all copies were made: the layers of a copy would go on calling those that they were copied from.
-    for network in [part for part in (reference, *trained.values()) if isinstance(part, torch.nn.Module)]:
-        if args.activation_checkpointing:
-            common.checkpoint_activations(network)
-        if args.compile:
-            network.compile()
-    first_iteration, earlier_seconds = 1, 0.0
+    # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
+    first_iteration = 1
     if checkpoint:
         for name, part in trained.items():
             part.load_state_dict(checkpoint[name])
+        first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
+    if rank == 0:
+        run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
+        sizes = f"{sum(p.numel() for p in policy.parameters()):,} parameters on {world_size} x {device}"
+        sizes += f", {len(train_prompts.rows):,} training and {len(eval_prompts.rows):,} held-out prompts"
+        common.show(f"{script}: {sizes}, {num_iterations:,} x {args.batch_size:,} responses, run directory {run_dir}")
+
+    def sample(prompts, samples_per_prompt=1, **settings):
+        """Responses of the current policy to n `Prompts`.
+
+        Returns:
+            sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), and n k texts.
+        """
         if sampler is not policy:
             common.copy_weights(policy, sampler)
-        numbers = checkpoint["numbers"]
-        first_iteration, earlier_seconds = checkpoint["iteration"] + 1, checkpoint["seconds"]
-    run_dir, writer = args.resume, None
-    if rank == 0:
-        names = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
-        run_dir = run_dir or f"{args.output_dir}/{'__'.join(map(str, names))}-{os.getpid()}"
-        writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
-        flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        print(
-            f"{script}: {sum(p.numel() for p in policy.parameters()):,} parameters on {world_size} x {device}, "
-            f"{len(train_prompts.rows):,} training and {len(eval_prompts.rows):,} held-out prompts, "
-            f"{num_iterations:,} iterations of {args.batch_size:,} responses, run directory {run_dir}"
-        )
-    progress = tqdm(
-        total=num_iterations * args.batch_size,
-        initial=(first_iteration - 1) * args.batch_size,
-        unit=" episodes",
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        disable=rank != 0,
-    )
+        ids, mask = prompts.padded(device)  # (n, P)
+        settings |= dict(response_length=args.response_length, end_ids=end_ids, samples_per_prompt=samples_per_prompt)
+        settings |= dict(rollout_batch_size=args.rollout_batch_size, cuda_graph=args.cuda_graph)
+        responses, response_mask, logprobs = common.rollout(sampler, ids, mask, **settings)  # (n k, R)
+        sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
+        attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
+        return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask)
 
-    def evaluate(iteration):
-        """Greedy responses to the held-out prompts: log scores and sample texts, return the means over all ranks."""
-        mine = eval_prompts.select(list(range(rank, len(eval_prompts.rows), world_size)))
-        responses, response_mask, _ = sample(mine.ids.to(device), mine.mask.to(device), greedy=True)  # (n, R)
-        texts = common.decode(tokenizer, responses, response_mask)
-        scores = {"eval/score": score_responses(mine, texts, iteration)}  # (n,)
-        if "reference" in mine.rows[0]:
-            exact = common.exact_reward(None, texts, [row["reference"] for row in mine.rows])
-            scores["eval/exact"] = torch.tensor(exact)
-        means = {name: mean(values.to(device)).item() for name, values in scores.items()}
+    def evaluate(episode):
+        """Mean scores of greedy responses to the held-out prompts, over all ranks; they are logged and shown."""
+        prompts = eval_prompts.select(range(rank, len(eval_prompts.rows), world_size))  # this rank's
+        *_, texts = sample(prompts, greedy=True)
+        scores = {"eval/score": common.score_responses(reward_fn, args, prompts.rows, texts)}  # (n,)
+        if args.reward in ("match", "exact"):  # elsewhere responses are not meant to equal the reference
+            scores["eval/exact"] = torch.tensor(
+                common.exact_reward(None, texts, [row["reference"] for row in prompts.rows])
+            )
+        means = {name: common.mean(values.to(device)).item() for name, values in scores.items()}
         if rank == 0:
-            for name, value in means.items():
-                writer.add_scalar(name, value, iteration * args.batch_size)
-            samples = list(zip(mine.rows, texts, scores["eval/score"].tolist()))[:8]
-            writer.add_text("samples", common.markdown_table(samples), iteration * args.batch_size)
-            for row, text, score in samples[:3]:
-                tqdm.write(f"  {common.shorten(row['prompt'])} -> {common.shorten(text)}  score {score:.3f}")
+            common.log_evaluation(writer, episode, means, prompts.rows, texts, scores["eval/score"])
         return means
 
-    if first_iteration in (1, num_iterations + 1):  # before the first update, or for a run that had made its last
-        results = evaluate(first_iteration - 1)
+    if not checkpoint:
+        carried["before"] = carried["after"] = evaluate(0)
     for iteration in range(first_iteration, num_iterations + 1):
         # ===== [1/5] Rollout (shared by all three scripts) =====
-        iteration_time = time.time()
-        start = (iteration - 1) * local_prompts * world_size + rank * local_prompts
-        indices = common.prompt_indices(len(train_prompts.rows), start, local_prompts, args.seed)
-        batch = train_prompts.select(indices)
-        prompts, prompt_mask = batch.ids.to(device), batch.mask.to(device)  # (B/k, P)
-        responses, response_mask, sampler_logprobs = sample(  # (B, R)
+        iteration_start = time.time()
+        num_prompts = local_batch_size // args.samples_per_prompt
+        start = ((iteration - 1) * world_size + rank) * num_prompts
+        prompts = train_prompts.select(common.prompt_indices(len(train_prompts.rows), start, num_prompts, args.seed))
+        sequences, attention_mask, sampler_logprobs, texts = sample(  # (B, P+R), (B, P+R), (B, R)
             prompts,
-            prompt_mask,
-            samples_per_prompt=args.samples_per_prompt,
+            args.samples_per_prompt,
             temperature=args.temperature,
             generator=make_generator(device, args.seed, iteration, rank),
         )
-        sequences = torch.cat([prompts.repeat_interleave(args.samples_per_prompt, 0), responses], 1)  # (B, P+R)
-        attention_mask = torch.cat([prompt_mask.repeat_interleave(args.samples_per_prompt, 0), response_mask], 1)
+        responses = sequences[:, -args.response_length :]  # (B, R)
+        response_mask = attention_mask[:, -args.response_length :]  # (B, R)
+        rollout_seconds = time.time() - iteration_start
+
+        # ===== Log-probabilities (algorithm) =====
+        batch = sequences, attention_mask  # (B, P+R), (B, P+R)
+        micro_batches = torch.arange(local_batch_size, device=device).split(args.micro_batch_size)
+        # One step per batch needs no ratio. For the KL the sampler's will do where it is the policy itself.
+        logprobs = sampler_logprobs  # (B, R)
+        if sampler is not policy and reference is not None:
+            logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
-        rollout_seconds = time.time() - iteration_time
-        texts = common.decode(tokenizer, responses, response_mask)
-        scores = score_responses(batch, texts, iteration).to(device)  # (B,)
-        # A ratio needs log pi_old from the forward pass of the loss. For the KL alone the sampler's will do, if that is
-        # the policy: they differ by the rounding of its cache.
-        score_sequences = partial(
-            batched_logprobs,
-            sequences=sequences,
-            attention_mask=attention_mask,
-            micro_batch_size=micro_batch_size,
-            args=args,
-        )
-        logprobs = score_sequences(policy) if needs_logprobs else sampler_logprobs  # (B, R)
-        ref_logprobs = score_sequences(reference) if reference is not None else logprobs  # (B, R)
-        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, numbers["kl_coef"])  # (B, R)
+        scores = common.score_responses(reward_fn, args, prompts.rows, texts).to(device)  # (B,)
+        ended = common.has_ended(responses, end_ids)  # (B,)
+        ref_logprobs = logprobs  # (B, R)
+        if reference is not None:
+            ref_logprobs = common.batched_logprobs(reference, *batch, micro_batches, args)
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, carried["kl_coef"])  # (B, R)
         metrics = {
-            "objective/score": mean(scores).item(),
-            "objective/return": mean(rewards.sum(1)).item(),
-            "objective/response_length": mean(response_mask.sum(1).float()).item(),
-            "objective/ended": mean(common.has_ended(responses, end_ids).float()).item(),
+            "objective/score": common.mean(scores).item(),
+            "objective/return": common.mean(rewards.sum(1)).item(),
+            "objective/response_length": common.mean(response_mask.sum(1).float()).item(),
+            "objective/ended": common.mean(ended.float()).item(),
         }
         if reference is not None:
-            kl_ref = mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()  # nats per response
-            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": numbers["kl_coef"]}
-            numbers["kl_coef"] = adapt_kl_coef(numbers["kl_coef"], kl_ref, args.batch_size, args)
+            kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
+            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": carried["kl_coef"]}
+            carried["kl_coef"] = adapt_kl_coef(carried["kl_coef"], kl_ref, args.batch_size, args)
 
         # ===== [3/5] Returns and baseline (algorithm) =====
         returns = discounted_returns(rewards, args.gamma)  # (B, R)
         greedy_scores = None
         if args.baseline == "greedy":
-            greedy_responses, greedy_mask, _ = sample(prompts, prompt_mask, greedy=True)  # (B/k, R)
-            greedy_scores = score_responses(batch, common.decode(tokenizer, greedy_responses, greedy_mask), iteration)
-            greedy_scores = greedy_scores.to(device).repeat_interleave(args.samples_per_prompt)  # (B,)
+            *_, greedy_texts = sample(prompts, greedy=True)
+            greedy_scores = common.score_responses(reward_fn, args, prompts.rows, greedy_texts).to(device)  # (B/k,)
+            greedy_scores = greedy_scores.repeat_interleave(args.samples_per_prompt)  # (B,)
+        ema = carried["ema_baseline"]
         baseline = compute_baseline(  # (B,)
-            args.baseline, returns[:, 0], args.samples_per_prompt, numbers["ema_baseline"], greedy_scores
+            args.baseline, returns[:, 0], args.samples_per_prompt, ema or 0.0, greedy_scores
         )
         advantages = (returns - baseline[:, None]).where(response_mask, 0.0)  # (B, R) (6)
-        metrics["objective/J"] = mean(returns[:, 0]).item()  # (3)
-        metrics["objective/baseline"] = mean(baseline).item()
-        decay = args.ema_decay if iteration > 1 else 0.0
-        numbers["ema_baseline"] = decay * numbers["ema_baseline"] + (1 - decay) * metrics["objective/J"]
+        metrics["objective/J"] = J = common.mean(returns[:, 0]).item()  # (3)
+        metrics["objective/baseline"] = common.mean(baseline).item()
+        carried["ema_baseline"] = J if ema is None else args.ema_decay * ema + (1 - args.ema_decay) * J
         if args.normalize_advantages:
-            advantages = whiten(advantages, response_mask, shift_mean=False)
+            advantages = common.whiten(advantages, response_mask, shift_mean=False)
 
         # ===== [4/5] REINFORCE update (algorithm) =====
         learning_rate = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        losses, entropies, new_logprobs = [], [], []
-        for micro in torch.arange(local_batch_size, device=device).split(micro_batch_size):
-            micro_logprobs, entropy = policy_logprobs(policy, sequences[micro], attention_mask[micro], args)  # (b, R)
-            loss = policy_gradient_loss(micro_logprobs, advantages[micro], response_mask[micro], args.batch_size)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        num_tokens, sums, losses = all_reduce(response_mask.sum()), {}, []
+        for inds in micro_batches:
+            mask = response_mask[inds]  # (b, R)
+            inputs = sequences[inds], attention_mask[inds]  # (b, P+R), (b, P+R)
+            new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
+            loss = policy_gradient_loss(new_logprobs, advantages[inds], mask, args.batch_size)
             loss.backward()  # (4): backpropagation turns log pi into grad log pi
             losses.append(loss.detach())
-            entropies.append(entropy.detach())
-            new_logprobs.append(micro_logprobs.detach())
-        grad_norm = sum_and_clip_gradients(policy, args.max_grad_norm)
+            gap = (new_logprobs - sampler_logprobs[inds]).abs()  # (b, R)
+            common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
+        metrics |= common.means_over_ranks(sums, num_tokens)
+        metrics["loss/policy"] = all_reduce(sum(losses)).item()
+        metrics["policy/grad_norm"] = common.sum_and_clip_gradients(policy, args.max_grad_norm)
+        metrics["policy/learning_rate"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-        metrics |= {
-            "loss/policy": all_reduce(torch.stack(losses).sum()).item(),
-            "policy/entropy": masked_mean(torch.cat(entropies), response_mask).item(),
-            "policy/sampler_gap": masked_mean((torch.cat(new_logprobs) - sampler_logprobs).abs(), response_mask).item(),
-            "policy/grad_norm": grad_norm.item(),
-            "policy/learning_rate": learning_rate,
-        }
 
         # ===== [5/5] Log, evaluate, save (shared by all three scripts) =====
-        if sampler is not policy:
-            common.copy_weights(policy, sampler)
-        episode = iteration * args.batch_size
-        seconds = time.time() - iteration_time
-        metrics["time/rollout_seconds"] = rollout_seconds
-        metrics["time/iteration_seconds"] = seconds
-        metrics["time/tokens_per_second"] = metrics["objective/response_length"] * args.batch_size / seconds
+        episode, seconds = iteration * args.batch_size, time.time() - iteration_start
+        tokens_per_second = metrics["objective/response_length"] * args.batch_size / seconds
+        metrics |= {"time/rollout_seconds": rollout_seconds, "time/iteration_seconds": seconds}
+        metrics |= {"time/tokens_per_second": tokens_per_second}
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            progress.update(args.batch_size)
-            kl = f", KL {metrics['objective/kl_ref']:.2f}" if reference is not None else ""
-            speed = metrics["time/tokens_per_second"]
-            progress.set_postfix_str(f"score {metrics['objective/score']:.3f}{kl}, {speed:.0f} tokens/s")
+            common.show_progress(iteration, num_iterations, metrics)
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
-            results = evaluate(iteration)
+            carried["after"] = evaluate(episode)
         if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
             state = {name: part.state_dict() for name, part in trained.items()}
             state |= {"script": script, "args": asdict(args), "world_size": world_size}
-            state |= {"iteration": iteration, "numbers": numbers}
-            state["seconds"] = earlier_seconds + time.time() - start_time
-            common.save_checkpoint(run_dir, iteration, state)
+            common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
 
     # ===== Finish (shared by all three scripts) =====
-    progress.close()
     if rank == 0:
         writer.close()
         common.save_model(policy, tokenizer, f"{run_dir}/model")
-        summary = {name.replace("eval/", "eval_"): value for name, value in results.items()}
-        summary |= {"episodes": num_iterations * args.batch_size, "seconds": earlier_seconds + time.time() - start_time}
+        summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
+        summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
+        summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}
         summary |= {"run_dir": run_dir}
-        Path(f"{run_dir}/summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print("final", *(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()))
     if world_size > 1:
         dist.destroy_process_group()
@@ -549,4 +389,4 @@ def main(args, checkpoint=None):
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(*common.parse_flags(Args))
+        main(*common.parse_flags(Args, TINY))

@@ -25,22 +25,23 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
+
 import numpy as np
 import torch
+import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import common
-
 ROOT = Path(__file__).resolve().parent.parent
-COLOURS = {"reinforce_lm": "#0072B2", "ppo_lm": "#D55E00", "trpo_lm": "#009E73"}  # the colour-blind tell them apart
+COLORS = {"reinforce_lm": "#0072B2", "ppo_lm": "#D55E00", "trpo_lm": "#009E73"}  # distinct for color-blind readers
 GOAL = 0.9  # share of exact matches; the table says when it is reached
 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["reinforce_lm", "ppo_lm", "trpo_lm"], ...] = tuple(COLOURS)
+    scripts: tuple[Literal["reinforce_lm", "ppo_lm", "trpo_lm"], ...] = tuple(COLORS)
     """scripts to train, one after the other"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds to train each script with"""
@@ -53,7 +54,7 @@ class Args:
     name: str = "learning_curves"
     """name of the picture and the table in docs/"""
     metric: Literal["exact", "score"] = "exact"
-    """what to draw; without references always the score"""
+    """what to draw; runs without --reward match or exact log no exact matches, and always show the score"""
     reuse: bool = False
     """train nothing, and draw the newest finished run of each script and seed in --output-dir"""
 
@@ -76,7 +77,7 @@ def machine(on_gpu):
 
 
 def train(script, seed, args):
-    """Run a script to its end, and note in its run directory what the event files do not know (benchmark.json)."""
+    """Run a script to its end, and note in its run directory what the event files do not hold (benchmark.json)."""
     command = f"python {script}.py --output-dir {shlex.quote(args.output_dir)} --save-every 0"
     command += f" --eval-every {args.eval_every} {args.flags}".rstrip() + " --seed"
     print(command, seed, flush=True)
@@ -85,8 +86,8 @@ def train(script, seed, args):
     argv = [sys.executable, *shlex.split(command)[1:], str(seed)]
     process = subprocess.run(argv, capture_output=True, text=True)
     if process.returncode:
-        last_line = (process.stderr.splitlines() or ["nothing on standard error"])[-1]
-        raise common.InputError(f"{command} {seed}: exit code {process.returncode}, {last_line}")
+        sys.stderr.write(process.stderr)
+        raise common.InputError(f"{command} {seed}: exit code {process.returncode}, for the reason above")
     facts |= {"seconds": time.time() - start, "torch": torch.__version__}
     facts["machine"] = machine(on_gpu=" x cuda" in process.stdout)
     print(process.stdout.splitlines()[-1], flush=True)
@@ -97,10 +98,7 @@ def find_run(script, seed, output_dir):
     """The newest finished run directory, SCRIPT__MODEL__DATASET__SEED__TIME-PID, of a script and seed."""
     runs = [path.parent for path in Path(output_dir).glob(f"{script}__*/summary.json")]
     runs = [run for run in runs if run.name.split("__")[-2] == str(seed)]
-    if not runs:
-        raise common.InputError(
-            f"--output-dir: expected a finished run of {script} with seed {seed} in {output_dir}, found none"
-        )
+    common.require(runs, "--output-dir", f"a finished run of {script} with seed {seed} in {output_dir}", None)
     return max(runs, key=lambda run: run.name.split("__")[-1])
 
 
@@ -109,9 +107,9 @@ def read_run(run_dir):
 
     Returns:
         A dictionary of arrays: `episodes` and `seconds` of training at each evaluation, `score` and `exact` there (E,);
-        `tokens_per_second` (I,); `kl`, nats per response, mean over the last tenth of the iterations. Without
-        references `exact` is [None], without a KL penalty `kl` is None. And `facts`, what `train` noted; empty for a
-        run that was started by hand.
+        `tokens_per_second` (I,); `kl`, nats per response, mean over the last tenth of the iterations. With
+        a reward other than match and exact, `exact` is [None]; without a KL penalty `kl` is None. And `facts`, what
+        `train` noted; empty for a run that was started by hand.
     """
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # 0 keeps every step
     values = {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
@@ -143,8 +141,8 @@ def draw(runs, path, metric):
         for script, group in runs.items():
             x = np.mean([run[unit] for run in group], axis=0)  # (E,)
             y = np.stack([run[metric] for run in group])  # (S, E)
-            axis.plot(x, y.mean(0), color=COLOURS[script], linewidth=1.5, label=f"{script}.py")
-            axis.fill_between(x, y.min(0), y.max(0), color=COLOURS[script], alpha=0.2, linewidth=0)
+            axis.plot(x, y.mean(0), color=COLORS[script], linewidth=1.5, label=f"{script}.py")
+            axis.fill_between(x, y.min(0), y.max(0), color=COLORS[script], alpha=0.2, linewidth=0)
         axis.set_xlabel("seconds of training" if unit == "seconds" else "episodes (responses)")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
@@ -216,25 +214,22 @@ How it was measured; N stands for the seed:
 
 def main(args):
     os.chdir(ROOT)
-    if args.reuse and args.flags:
-        raise common.InputError("--flags: expected none with --reuse, which trains nothing")
+    common.require(not (args.reuse and args.flags), "--flags", "none with --reuse, which trains nothing", args.flags)
     runs = {}
     for script in args.scripts:
         if not args.reuse:
             for seed in args.seeds:
                 train(script, seed, args)
         runs[script] = [read_run(find_run(script, seed, args.output_dir)) for seed in args.seeds]
-        if len({tuple(run["episodes"]) for run in runs[script]}) != 1:
-            raise common.InputError(
-                f"--reuse: expected runs of {script} with evaluations at the same episodes, found different ones"
-            )
-    has_references = all(run["exact"][-1] is not None for group in runs.values() for run in group)
+        found = {tuple(run["episodes"].tolist()) for run in runs[script]}
+        common.require(len(found) == 1, "--reuse", f"runs of {script} with evaluations at the same episodes", found)
+    has_exact = all(run["exact"][-1] is not None for group in runs.values() for run in group)
     Path("docs").mkdir(exist_ok=True)
-    draw(runs, f"docs/{args.name}.png", args.metric if has_references else "score")
+    draw(runs, f"docs/{args.name}.png", args.metric if has_exact else "score")
     Path(f"docs/{args.name}.md").write_text(report(runs, args.seeds), encoding="utf-8")
     print(f"\n{report(runs, args.seeds)}\nwrote docs/{args.name}.png and docs/{args.name}.md")
 
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(common.parse_command_line(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__))

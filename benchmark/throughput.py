@@ -8,9 +8,9 @@
         --micro-batch-size 8                                         # tries the code of the section `gpu` without one
 
 All sections but `gpu` run on the CPU. What is compared runs in turn, A B C A B C ..., `--rounds` times, so that a
-machine whose speed drifts slows all of it down. A figure is the median of the rounds, with their range in brackets; a
-ratio is the median of the rounds' ratios. The scripts run as subprocesses and are read from their TensorBoard files. An
-update is timed from the end of the one before to its own end, with everything between: prompts, rewards, logging.
+machine whose speed drifts slows all of it down. A figure is the median of the rounds, with their range in parentheses;
+a ratio is the median of the rounds' ratios. The scripts run as subprocesses and are read from their TensorBoard files.
+An update is timed from the end of the one before to its own end, with everything between: prompts, rewards, logging.
 """
 
 import contextlib
@@ -38,13 +38,15 @@ from typing import Literal, get_args
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models and data are made here
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
+import reinforce_lm
+
 import numpy as np
 import torch
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
-
-import common
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
@@ -101,35 +103,24 @@ class Args:
 
 
 def parse_args():
-    """The flags. A mistake in them is one line on standard error and exit code 2."""
+    """Parse and check the flags. A wrong value is one line on standard error and exit code 2."""
     with common.one_line_errors():
-        args = common.parse_command_line(Args)
-        problem = find_problem(args)
-        if problem:
-            raise common.InputError(problem)
-    return args
-
-
-def find_problem(args):
-    """What is wrong with the flags, in one line, or nothing."""
-    sizes = ("rounds", "updates", "race_updates", "seeds", "eval_every", "rollout_responses", "rollout_length")
-    sizes += ("gpu_prompts", "gpu_length", "gpu_updates", "micro_batch_size")
-    for name in sizes:
-        if getattr(args, name) < 1:
-            return f"--{name.replace('_', '-')}: expected a positive number, found {getattr(args, name)}"
-    missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
-    if "trl" in args.sections and missing:
+        args, require = tyro.cli(Args, description=__doc__), common.require
+        sizes = ("rounds", "updates", "race_updates", "seeds", "eval_every", "rollout_responses", "rollout_length")
+        for name in (*sizes, "cap", "target", "gpu_prompts", "gpu_length", "micro_batch_size"):
+            require(getattr(args, name) > 0, common.flag(name), "a positive number", getattr(args, name))
+        require(args.warmup >= 0, "--warmup", "0 or more", args.warmup)
+        require(args.target <= 1, "--target", "at most 1", args.target)
+        rates = args.learning_rates
+        require(min(rates, default=0) > 0, "--learning-rates", "positive numbers", rates)
+        require(args.rollout_responses % 4 == 0, "--rollout-responses", "a multiple of 4", args.rollout_responses)
+        is_model = not args.rollout_model or Path(args.rollout_model, "config.json").is_file()
+        require(is_model, "--rollout-model", "a folder with a config.json", args.rollout_model)
+        require(args.gpu_updates >= 2, "--gpu-updates", "at least 2", args.gpu_updates)
+        missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
         expected = "the packages of benchmark/requirements.txt (pip install -r benchmark/requirements.txt)"
-        return f"--sections trl: expected {expected}, found no {', '.join(missing)}"
-    if args.rollout_model and not Path(args.rollout_model, "config.json").is_file():
-        return f"--rollout-model: expected a folder with a config.json, found {args.rollout_model!r}"
-    if args.gpu_updates < 2 or args.warmup < 0:
-        return f"--gpu-updates, --warmup: expected at least 2 and 0, found {args.gpu_updates} and {args.warmup}"
-    if not (0 < args.target <= 1 and args.cap > 0 and min(args.learning_rates, default=0) > 0):
-        return "--target, --cap, --learning-rates: expected positive numbers, and a target of at most 1"
-    if args.rollout_responses % 4:
-        return f"--rollout-responses: expected a multiple of 4, found {args.rollout_responses}"
-    return ""
+        require("trl" not in args.sections or not missing, "--sections trl", expected, f"no {', '.join(missing)}")
+    return args
 
 
 # ===== Runs of the scripts, rounds, tables =====
@@ -182,7 +173,7 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
 def read_events(folder):
     """The only run directory in `folder`, and its TensorBoard events."""
     run_dir = next(path for path in Path(folder).iterdir() if path.is_dir())
-    return run_dir, EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # 0 keeps all
+    return run_dir, EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # 0 keeps every step
 
 
 def in_turn(calls, rounds):
@@ -210,15 +201,15 @@ def print_table(title, header, rows):
 
 
 def tiny_checkpoint(scratch):
-    """Folder with the random weights of `--model tiny` and its tokenizer, which a step of no length leaves alone."""
+    """Folder with the random weights of `--model tiny` and its tokenizer, after one step too small to change them."""
     flags = dict(learning_rate=1e-30, kl_coef=0, eval_size=1)
     return run_script("reinforce_lm.py", scratch, batch_size=4, updates=1, **flags).model
 
 
 # ===== trl: reinforce_lm.py against RLOOTrainer and GRPOTrainer =====
 
-# As near to reinforce_lm.py and its defaults as the trainers allow. Their own defaults are bfloat16, gradient
-# checkpointing and a learning rate of 1e-6. A batch is generated for each update, and only used for that.
+# As close to reinforce_lm.py and its defaults for `--model tiny` as the trainers allow. Their own defaults are
+# bfloat16, gradient checkpointing and a learning rate of 1e-6. Each update generates a batch that only it uses.
 TRL_SETTINGS = dict(per_device_train_batch_size=256, gradient_accumulation_steps=1, steps_per_generation=1)
 TRL_SETTINGS |= dict(num_generations=4, num_iterations=1, max_completion_length=6, temperature=1.0, top_k=0, top_p=1.0)
 TRL_SETTINGS |= dict(beta=0.02, disable_dropout=True, max_grad_norm=1.0, weight_decay=0.0)
@@ -233,7 +224,7 @@ def sort_rows(scratch):
     Returns:
         Training rows, 512 held-out rows, and the flags with which a script reads them.
     """
-    rows, _ = common.load_rows("sort", "--dataset")
+    rows = common.load_rows("sort", "--dataset")
     parts = {"dataset": rows[:-512], "eval_dataset": rows[-512:]}
     for name, part in parts.items():
         Path(scratch, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -249,7 +240,7 @@ def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args,
     Returns:
         seconds of each update, exact match at the last evaluation.
     """
-    warnings.simplefilter("ignore", FutureWarning)  # about names that the trainers use, not we
+    warnings.simplefilter("ignore", FutureWarning)  # about names in the trainers' own code
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -292,8 +283,9 @@ def section_trl(args, scratch):
     trainers, updates = ("RLOO", "GRPO"), args.warmup + args.updates
     titles = {"ours": "`reinforce_lm.py`"} | {name: f"{name}Trainer of TRL {version('trl')}" for name in trainers}
 
-    def ours(**flags):
-        return run_script("reinforce_lm.py", scratch, model=folder, **files, **flags)
+    def ours(**flags):  # `folder` is not `--model tiny`, so the defaults of that are given as flags
+        flags = reinforce_lm.TINY | dict(model=folder, eval_every=0, save_every=0) | files | flags
+        return run_script("reinforce_lm.py", scratch, **flags)
 
     def theirs(name, **settings):
         return train_trl(name, folder, rows, eval_rows, args=args, **settings)
@@ -307,9 +299,9 @@ def section_trl(args, scratch):
     title = f"**trl**: `sort`, 256 responses of up to 6 tokens per update, float32, medians of {args.updates} updates"
     print_table(title, ("", "ms per update", "ratio"), table)
     print("\nBoth trainers:", ", ".join(f"`{name}={value}`" for name, value in TRL_SETTINGS.items()))
-    print("\nRLOO takes the price of the KL off the reward, as `reinforce_lm.py` does. GRPO has it in the loss,")
-    print("divides advantages by the deviation of their group and takes a mean over tokens, which are its defaults.")
-    print("`reinforce_lm.py` has default flags. All start from the same weights and train on the same prompts.")
+    print("\nRLOO subtracts the KL penalty from the reward, as `reinforce_lm.py` does. GRPO has it in the loss,")
+    print("divides advantages by the standard deviation of their group and averages over tokens, as is its default.")
+    print("`reinforce_lm.py` has the flags of `--model tiny`. All start from the same weights and prompts.")
 
     def race(name, learning_rate, seed):
         """Seconds to the target, infinite if it was not reached; updates; exact match in the end."""
@@ -459,7 +451,7 @@ def profile_script(name, args, scratch):
     flags["total_episodes"] = 256 * (args.warmup + args.updates)
     profiler = cProfile.Profile()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        profiler.runcall(script.main, script.Args(**flags))
+        profiler.runcall(script.main, script.Args(**script.TINY | flags))
     total = sum(event.value for event in read_events(flags["output_dir"])[1].Scalars("time/iteration_seconds"))
     stats = {  # seconds with all that it calls, in all and by caller
         f"{Path(path).name}:{function}": (row[3], {key[2]: calls[3] for key, calls in row[4].items()})
@@ -478,19 +470,20 @@ def section_profile(args, scratch):
     for name in [Path(script).stem for script in SCRIPTS]:
         milliseconds, share = profile_script(name, args, scratch)
         decoder = share("common.py:__init__", "common.py:step")
-        values = share(f"{name}.py:batched_values")
+        logprobs = share("common.py:batched_logprobs")
+        values = share("common.py:in_micro_batches") - logprobs
         parts = {
             "rollout, passes of the model": decoder,
             "rollout, sampling and the rest": share("common.py:rollout") - decoder,
-            "passes of policy and reference without gradient": share(f"{name}.py:batched_logprobs"),
+            "passes of policy and reference without gradient": logprobs,
         }
         if name == "reinforce_lm":
-            parts["forward pass of the loss"] = share("reinforce_lm.py:policy_logprobs", caller="main")
+            parts["forward pass of the loss"] = share("common.py:policy_logprobs", caller="main")
             parts["backward pass"] = share("_tensor.py:backward")
         else:
             parts["passes of the critic without gradient"] = values
         if name == "ppo_lm":
-            parts["forward passes of the policy's loss"] = share("ppo_lm.py:response_logits", caller="main")
+            parts["forward passes of the policy's loss"] = share("common.py:policy_logprobs", caller="main")
             parts["forward passes of the critic's loss"] = share("ppo_lm.py:forward") - values
             parts["backward passes of both"] = share("_tensor.py:backward")
         if name == "trpo_lm":
@@ -500,7 +493,7 @@ def section_profile(args, scratch):
             parts["line search"] = share("trpo_lm.py:line_search")
             parts["forward passes of the critic's loss"] = share("trpo_lm.py:forward") - values
             parts["backward passes of the critic's loss"] = share("_tensor.py:backward")
-        parts["clipping and optimizers"] = share(f"{name}.py:sum_and_clip_gradients", "adamw.py:step")
+        parts["clipping and optimizers"] = share("common.py:sum_and_clip_gradients", "adamw.py:step")
         parts["texts and rewards"] = share("common.py:decode", "common.py:score_responses")
         parts["all else"] = 100 - sum(parts.values())
         title = f"**profile**: `{name}.py`, default flags, {milliseconds:.0f} ms per update under the profiler"
@@ -508,8 +501,9 @@ def section_profile(args, scratch):
 
 
 def section_scaling(args, scratch):
-    settings = {f"{size} responses": dict(script="reinforce_lm.py", batch_size=size) for size in (64, 256, 1024, 4096)}
-    title = "**scaling**: `reinforce_lm.py` by responses per update; the ratio is that of the cost of a token"
+    whole = dict(script="reinforce_lm.py", micro_batch_size=4096, rollout_batch_size=4096)
+    settings = {f"{size} responses": whole | dict(batch_size=size) for size in (64, 256, 1024, 4096)}
+    title = "**scaling**: `reinforce_lm.py` by responses per update, in one pass; the ratio compares costs of a token"
     compare_runs(title, settings, args, scratch, per_token=True)
 
 
@@ -581,7 +575,8 @@ def section_gpu(args, scratch):
     rows = []
     for script in SCRIPTS:
         flags = dict(model=folder, dataset=dataset, dtype="bfloat16", device=args.device, samples_per_prompt=8)
-        flags |= dict(response_length=args.gpu_length, micro_batch_size=args.micro_batch_size, eval_size=8)
+        flags |= dict(response_length=args.gpu_length, micro_batch_size=args.micro_batch_size)
+        flags |= dict(rollout_batch_size=num_responses, eval_size=8)
         try:
             run = run_script(script, scratch, num_responses, args.gpu_updates, **flags)
         except RuntimeError as error:  # out of memory, say

@@ -11,11 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # as fast for models of this size, and othe
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import common
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-
-import common
 
 SCRIPTS = ["reinforce_lm", "ppo_lm", "trpo_lm"]
 
@@ -27,9 +27,8 @@ def few_prompts(monkeypatch):
 
 
 def error_line(capsys):
-    """The line on standard error that tells the user what is wrong; a progress bar may stand around it."""
-    printed = capsys.readouterr().err.replace("\r", "\n").replace("\x1b[A", "\n")  # bars move the cursor
-    (line,) = [text for text in printed.splitlines() if text.startswith("error: ")]
+    """The line on standard error that tells the user what is wrong."""
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
     return line
 
 
@@ -74,9 +73,10 @@ def model_folder(tmp_path):
 
 
 def run_main(script, *flags):
-    """Run a script's main in this process, as its command line would."""
+    """Run a script's main in this process, as its command line would, with TINY's defaults for every model."""
+    own = [] if "--resume" in flags else [x for name, value in script.TINY.items() for x in (common.flag(name), value)]
     with common.one_line_errors():
-        return script.main(*common.parse_flags(script.Args, [str(flag) for flag in flags]))
+        return script.main(*common.parse_flags(script.Args, script.TINY, [str(flag) for flag in [*own, *flags]]))
 
 
 def run_script(name, *flags, cwd=ROOT, check=True, **settings):

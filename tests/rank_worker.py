@@ -8,11 +8,10 @@ import importlib
 import os
 import sys
 
+import common
+
 import torch
 from conftest import SCRIPTS, recorded_gradients, run_main
-
-import common
-import reinforce_lm
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
 FLAGS = {
@@ -39,10 +38,12 @@ def statistics():
     values = torch.tensor([[1.0, 2.0, 99.0], [4.0, -7.0, 5.0], [7.0, 7.0, 7.0], [8.0, 8.0, 8.0]])
     mask = torch.tensor([[True, True, False], [True, False, True], [False] * 3, [False] * 3])
     mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
-    mean, white = reinforce_lm.masked_mean(values[mine], mask[mine]), reinforce_lm.whiten(values[mine], mask[mine])
-    sums = [torch.full((size,), float(size * (rank + 1))) for size in (2, 3, 7, 1)]
-    common.all_reduce_in_place(sums, bucket_size=5)  # the first two together, the third alone, the fourth alone
-    return {"mean": mean, "white": white, "sums": sums}
+    mean, white = common.masked_mean(values[mine], mask[mine]), common.whiten(values[mine], mask[mine])
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
+    for parameter in layers[0].parameters():  # the second is an expert that no token was routed to
+        parameter.grad = torch.full_like(parameter, rank + 1.0)
+    common.sum_and_clip_gradients(layers, 1e9)
+    return {"mean": mean, "white": white, "sums": [parameter.grad.clone() for parameter in layers.parameters()]}
 
 
 def train(name, runs_dir):

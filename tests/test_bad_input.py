@@ -2,14 +2,14 @@
 
 import json
 
-import pytest
-import torch
-from conftest import run_main, run_script
-
 import common
 import ppo_lm
 import reinforce_lm
 import trpo_lm
+
+import pytest
+import torch
+from conftest import run_main, run_script
 
 GOOD_ROW = {"prompt": "ab", "reference": "ba"}
 
@@ -21,7 +21,8 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         run_main(script, "--device", "cpu", *flags)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
+    if "For full helptext" not in error:  # from tyro, about what does not parse
+        assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
@@ -31,22 +32,22 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--dataset", "nowhere.jsonl"], ["--dataset", "nowhere.jsonl"]),
         (["--dataset", "no-such-set"], ["--dataset", "sort", "datasets", "no-such-set"]),
         (["--reward", "no-such-reward"], ["--reward", "match, exact, rouge, bleu", "no-such-reward"]),
-        (["--reward", "missing.py:fn"], ["--reward", "an existing file", "missing.py"]),
+        (["--reward", "missing.py:fn"], ["--reward", "an existing FILE.py", "missing.py"]),
         (["--model", "/no/such/model"], ["--model", "/no/such/model"]),
         (["--baseline", "critic"], ["--baseline", "leave_one_out", "critic"]),
         (["--batchsize", "8"], ["--batchsize"]),
         (["--seed", "x"], ["--seed", "'x'"]),
         (["--dtype", "float16"], ["--dtype", "bfloat16", "float16"]),
-        (["--batch-size", "30"], ["--batch-size", "a multiple of --samples-per-prompt", "30"]),
+        (["--batch-size", "30"], ["--batch-size", "a multiple of 4 (--samples-per-prompt times ranks)", "30"]),
         (["--batch-size", "0"], ["--batch-size", "a positive number", "0"]),
-        (["--micro-batch-size", "100"], ["--micro-batch-size", "a divisor of the 256", "100"]),
-        (["--rollout-batch-size", "6"], ["--rollout-batch-size", "a multiple of 4", "6"]),
+        (["--micro-batch-size", "0"], ["--micro-batch-size", "a positive number", "0"]),
+        (["--rollout-batch-size", "-1"], ["--rollout-batch-size", "a positive number", "-1"]),
         (["--samples-per-prompt", "1"], ["--samples-per-prompt", "leave_one_out", "1"]),
         (["--samples-per-prompt", "0"], ["--samples-per-prompt", "a positive number", "0"]),
         (["--total-episodes", "100"], ["--total-episodes", "--batch-size", "100"]),
         (["--response-length", "0"], ["--response-length", "a positive number", "0"]),
         (["--prompt-length", "-1"], ["--prompt-length", "a positive number", "-1"]),
-        (["--prompt-length", "4"], ["--prompt-length", "sort row", "1 to 4 tokens", "5"]),
+        (["--prompt-length", "4"], ["--prompt-length", "row 1", "1 to 4 tokens", "5"]),
         (["--temperature", "0"], ["--temperature", "a positive number", "0"]),
         (["--temperature", "nan"], ["--temperature", "a finite number", "nan"]),
         (["--learning-rate", "0"], ["--learning-rate", "a positive number", "0"]),
@@ -54,7 +55,7 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--learning-rate", "inf"], ["--learning-rate", "a finite number", "inf"]),
         (["--max-grad-norm", "0"], ["--max-grad-norm", "a positive number", "0"]),
         (["--seed", "9" * 20], ["--seed", "63 bits"]),
-        (["--ema-decay", "1"], ["--ema-decay", "1"]),
+        (["--ema-decay", "1.1"], ["--ema-decay", "0 to 1", "1.1"]),
         (["--gamma", "1.5"], ["--gamma", "at most 1", "1.5"]),
         (["--kl-coef", "-0.1"], ["--kl-coef", "0 or more", "-0.1"]),
         (["--kl-coef", "0", "--kl-target", "6"], ["--kl-target", "--kl-coef", "0"]),
@@ -62,7 +63,7 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--seed", "-1"], ["--seed", "0 or more", "-1"]),
         (["--kl-target", "6", "--kl-horizon", "50"], ["--kl-horizon", "50"]),
         (["--output-dir", "/dev/null/runs"], ["--output-dir"]),
-        (["--device", "tpu"], ["--device", "auto, cpu or cuda", "tpu"]),
+        (["--device", "tpu"], ["--device", "auto", "tpu"]),
     ],
 )
 def test_bad_flags(flags, parts, capsys, monkeypatch):
@@ -74,8 +75,8 @@ def test_bad_flags(flags, parts, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "script, flags, part",
     [
-        (ppo_lm, ["--clip-coef", "0"], "--clip-coef: expected more than 0 and less than 1, found 0.0"),
-        (ppo_lm, ["--clip-coef", "1"], "--clip-coef: expected more than 0 and less than 1, found 1.0"),
+        (ppo_lm, ["--clip-coef", "0"], "--clip-coef: expected more than 0 and at most 1, found 0.0"),
+        (ppo_lm, ["--clip-coef", "1.5"], "--clip-coef: expected more than 0 and at most 1, found 1.5"),
         (ppo_lm, ["--update-epochs", "0"], "--update-epochs: expected a positive number, found 0"),
         (ppo_lm, ["--num-minibatches", "257"], "--num-minibatches: expected at most the 256 responses of a rank"),
         (ppo_lm, ["--gae-lambda", "1.5"], "--gae-lambda: expected 0 to 1, found 1.5"),
@@ -86,11 +87,11 @@ def test_bad_flags(flags, parts, capsys, monkeypatch):
         (trpo_lm, ["--max-kl", "0"], "--max-kl: expected a positive number, found 0.0"),
         (trpo_lm, ["--cg-iters", "0"], "--cg-iters: expected a positive number, found 0"),
         (trpo_lm, ["--cg-damping", "-0.1"], "--cg-damping: expected 0 or more, found -0.1"),
-        (trpo_lm, ["--backtrack-coeff", "1"], "--backtrack-coeff: expected more than 0 and less than 1, found 1.0"),
-        (trpo_lm, ["--backtrack-coeff", "0"], "--backtrack-coeff: expected more than 0 and less than 1, found 0.0"),
+        (trpo_lm, ["--backtrack-coeff", "2"], "--backtrack-coeff: expected more than 0 and at most 1, found 2.0"),
+        (trpo_lm, ["--backtrack-coeff", "0"], "--backtrack-coeff: expected more than 0 and at most 1, found 0.0"),
         (trpo_lm, ["--fvp-fraction", "0"], "--fvp-fraction: expected more than 0 and at most 1, found 0.0"),
         (trpo_lm, ["--fvp-fraction", "1.5"], "--fvp-fraction: expected more than 0 and at most 1, found 1.5"),
-        (trpo_lm, ["--accept-ratio", "1"], "--accept-ratio: expected more than 0 and less than 1, found 1.0"),
+        (trpo_lm, ["--accept-ratio", "0"], "--accept-ratio: expected more than 0 and at most 1, found 0.0"),
         (trpo_lm, ["--truncation", "maybe"], "--truncation"),
     ],
 )
@@ -111,32 +112,32 @@ def lines(*rows):
     "text, flags, parts",
     [
         ("", [], ["--dataset", "at least one row"]),
-        (lines(GOOD_ROW, "{broken"), [], ["--dataset", "line 2", "{broken"]),
+        (lines(GOOD_ROW, "{broken"), [], ["--dataset", "row 2", "{broken"]),
         (
             lines(GOOD_ROW, r'{"prompt": "half an emoji \ud83d", "reference": ""}'),
             [],
-            ["--dataset", "line 2", "surrogates"],
+            ["--dataset", "row 2", "surrogates"],
         ),
-        (lines(GOOD_ROW, '{"prompt": "a", "reference": ' + "9" * 5000 + "}"), [], ["--dataset", "line 2", "digits"]),
-        (lines(GOOD_ROW, "[1]"), [], ["--dataset", "line 2", "a JSON object"]),
-        (json.dumps([GOOD_ROW] * 1000), [], ["--dataset", "line 1", "one in each line", "..."]),
-        (lines(GOOD_ROW, {"reference": "b"}), [], ["--prompt-column", "line 2", "'prompt'"]),
-        (lines(GOOD_ROW, {"prompt": "b"}), [], ["--reference-column", "line 2", "'reference'"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"more": 1}), [], ["line 2", "more"]),
-        (lines(GOOD_ROW, {"prompt": "b", "reference": None}), [], ["--reward", "line 2", "None"]),
-        (lines({"prompt": "a", "q": ""}), ["--prompt-column", "q"], ["line 1", "not empty"]),
-        (lines(GOOD_ROW), ["--prompt-column", "question"], ["--prompt-column", "line 1", "'question'"]),
-        (lines(GOOD_ROW), ["--reference-column", "answer"], ["--reference-column", "line 1", "'answer'"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ""}), [], ["line 2", "not empty"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"prompt": []}), [], ["line 2", "not empty"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"prompt": 5}), [], ["line 2", "text or a list of messages", "5"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ["a"]}), [], ["line 2", "text or a list of messages"]),
+        (lines(GOOD_ROW, '{"prompt": "a", "reference": ' + "9" * 5000 + "}"), [], ["--dataset", "row 2", "digits"]),
+        (lines(GOOD_ROW, "[1]"), [], ["--dataset", "row 2", "a JSON object"]),
+        (json.dumps([GOOD_ROW] * 1000), [], ["--dataset", "row 1", "a JSON object"]),
+        (lines(GOOD_ROW, {"reference": "b"}), [], ["--prompt-column", "row 2", "'prompt'"]),
+        (lines(GOOD_ROW, {"prompt": "b"}), [], ["--reference-column", "row 2", "'reference'"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"more": 1}), [], ["row 2", "more"]),
+        (lines(GOOD_ROW, {"prompt": "b", "reference": None}), [], ["--reward match ('b')", "None"]),
+        (lines({"prompt": "a", "q": ""}), ["--prompt-column", "q"], ["row 1", "not empty"]),
+        (lines(GOOD_ROW), ["--prompt-column", "question"], ["--prompt-column", "row 1", "'question'"]),
+        (lines(GOOD_ROW), ["--reference-column", "answer"], ["--reference-column", "row 1", "'answer'"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ""}), [], ["row 2", "not empty"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": []}), [], ["row 2", "not empty"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": 5}), [], ["row 2", "text or a list of messages", "5"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ["a"]}), [], ["row 2", "text or a list of messages"]),
         (lines(*[GOOD_ROW] * 20), [], ["--dataset", "held out"]),
         (lines({"prompt": "a"}, {"prompt": "b"}), [], ["--reward", "reference"]),
         (
             lines(GOOD_ROW, {"prompt": "abab", "reference": "b"}),
             ["--prompt-length", 3],
-            ["line 2", "1 to 3 tokens", "4"],
+            ["row 2", "1 to 3 tokens", "4"],
         ),
     ],
 )
@@ -150,7 +151,7 @@ def test_bad_data(text, flags, parts, tmp_path, capsys, monkeypatch):
 def test_bad_held_out_data(tmp_path, capsys, monkeypatch):
     (tmp_path / "data.jsonl").write_text(lines(GOOD_ROW, "{broken"))
     error = message_of(capsys, monkeypatch, "--eval-dataset", tmp_path / "data.jsonl")
-    assert "--eval-dataset" in error and "line 2" in error
+    assert "--eval-dataset" in error and "row 2" in error
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch
     assert "--resume: could not read" in message_of(capsys, monkeypatch, "--resume", tmp_path)
     (tmp_path / "checkpoint_00000002.pt").write_bytes(b"nor this")
     error = message_of(capsys, monkeypatch, "--resume", tmp_path)
-    assert error.endswith(f"without that file {tmp_path}/checkpoint_00000001.pt is the newest\n")
+    assert f"could not read {tmp_path}/checkpoint_00000002.pt" in error
 
 
 def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):

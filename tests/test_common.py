@@ -4,14 +4,15 @@ import json
 import sys
 import types
 
+import common
+from common import InputError
+from reinforce_lm import Args
+
 import pytest
 import torch
 from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-import common
-from common import InputError
 
 CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "ba"}]
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
@@ -19,7 +20,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_gen
 
 def encode(rows, prompt_length=10, tokenizer=None):
     tokenizer = tokenizer or common.character_tokenizer("ab<>!")
-    return common.encode_prompts(tokenizer, rows, [f"row {i + 1}" for i in range(len(rows))], prompt_length)
+    return common.encode_prompts(tokenizer, rows, prompt_length)
 
 
 def test_character_tokenizer_is_one_token_per_character(tmp_path):
@@ -43,12 +44,14 @@ def test_tiny_tokenizer_knows_every_character_of_the_rows():
 def test_prompts_are_padded_on_the_left():
     prompts = encode([{"prompt": "ab"}, {"prompt": "abba"}, {"prompt": "b"}])
     a, b = common.character_tokenizer("ab<>!")("ab").input_ids
-    assert prompts.mask.tolist() == [[False, False, True, True], [True] * 4, [False, False, False, True]]
-    assert [row[mask].tolist() for row, mask in zip(prompts.ids, prompts.mask)] == [[a, b], [a, b, b, a], [b]]
+    ids, mask = prompts.padded()
+    assert mask.tolist() == [[False, False, True, True], [True] * 4, [False, False, False, True]]
+    assert [row[real].tolist() for row, real in zip(ids, mask)] == [[a, b], [a, b, b, a], [b]]
     chosen = prompts.select([2, 0, 2])
-    assert [row["prompt"] for row in chosen.rows] == ["b", "ab", "b"] and chosen.names == ["row 3", "row 1", "row 3"]
-    assert [row[mask].tolist() for row, mask in zip(chosen.ids, chosen.mask)] == [[b], [a, b], [b]]
-    assert chosen.ids.shape == (3, 2), "the longest of the chosen ones has two tokens"
+    assert [row["prompt"] for row in chosen.rows] == ["b", "ab", "b"]
+    ids, mask = chosen.padded()
+    assert [row[real].tolist() for row, real in zip(ids, mask)] == [[b], [a, b], [b]]
+    assert ids.shape == (3, 2), "the longest of the chosen ones has two tokens"
 
 
 def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
@@ -58,21 +61,21 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
     tokenizer.chat_template = TEMPLATE
     for rows in ([{"prompt": "ab"}], [{"prompt": CHAT}, {"prompt": "ab"}]):
         last = encode(rows, tokenizer=tokenizer, prompt_length=20)
-        assert tokenizer.decode(last.ids[-1][last.mask[-1]]) == "ab"
+        assert tokenizer.decode(last.ids[-1]) == "ab"
     own = encode([{"prompt": "ab<end>"}], tokenizer=tokenizer)
-    assert own.ids[0, -1] == 0, "one that the prompt ends with stays"
+    assert own.ids[0][-1] == 0, "one that the prompt ends with stays"
 
 
 def test_chat_prompts_go_through_the_template():
     tokenizer = common.character_tokenizer("ab<>!")
     tokenizer.chat_template = TEMPLATE
     prompts = encode([{"prompt": CHAT}, {"prompt": "ab"}], tokenizer=tokenizer, prompt_length=20)
-    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompts.ids, prompts.mask)]
+    texts = [tokenizer.decode(ids) for ids in prompts.ids]
     assert texts == ["<ab><b><ba>!", "ab"]
     with pytest.raises(InputError, match="chat template"):
         encode([{"prompt": CHAT}])
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(InputError, match="row 2: expected messages for the chat template.*no system role"):
+    with pytest.raises(InputError, match=r"row 2 .*: expected messages for the chat template.*no system role"):
         encode([{"prompt": "ab"}, {"prompt": CHAT}], tokenizer=tokenizer)
 
 
@@ -90,9 +93,8 @@ def test_end_tokens_come_from_tokenizer_and_generation_config():
 
 
 def load(dataset, eval_dataset="", eval_size=8, **settings):
-    defaults = dict(prompt_column="prompt", reference_column="reference", prompt_length=64, trust_remote_code=False)
-    flags = defaults | settings
-    return common.load_prompts("tiny", str(dataset), str(eval_dataset), eval_size, **flags)
+    sizes = dict(eval_size=eval_size, prompt_length=64)
+    return common.load_prompts(Args(dataset=str(dataset), eval_dataset=str(eval_dataset), **sizes, **settings))
 
 
 def write_rows(path, rows):
@@ -117,9 +119,9 @@ def test_jsonl_columns_and_split(tmp_path):
     assert len(held_out.rows) == 5  # a tenth, though 8 were asked for
     assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in held_out.rows}
     for prompts in (train, held_out):
-        for row, name in zip(prompts.rows, prompts.names):
-            line = int(name.rsplit(" ", 1)[1])
-            assert row == {"prompt": f"q{(line - 1) % 40}", "reference": line - 1, "level": (line - 1) / 2}
+        for row in prompts.rows:
+            i = row["reference"]
+            assert row == {"prompt": f"q{i % 40}", "reference": i, "level": i / 2}
     eval_path = write_rows(tmp_path / "eval.jsonl", rows[:20])
     _, train, held_out = load(path, eval_path, prompt_column="question", reference_column="answer")
     assert len(train.rows) == 50 and [row["reference"] for row in held_out.rows] == list(range(8))
@@ -186,9 +188,8 @@ def test_reward_functions_get_prompts_responses_and_columns(tmp_path):
         "    return [len(p) + 10 * r.count(c) + 100 * x for p, r, c, x in zip(prompts, responses, letter, reference)]\n"
     )
     rows = [{"prompt": "ab", "letter": "x", "reference": 1}, {"prompt": "abb", "letter": "y", "reference": 2}]
-    prompts = encode(rows)
-    reward_fn = common.load_reward(f"{path}:count", prompts)
-    scores = common.score_responses(reward_fn, "count", prompts, ["xx", "y", "yy", "x"], iteration=1)
+    reward_fn = common.load_reward(Args(reward=f"{path}:count"), "cpu", rows)
+    scores = common.score_responses(reward_fn, Args(), rows, ["xx", "y", "yy", "x"])
     assert scores.tolist() == [122.0, 102.0, 223.0, 203.0]
 
 
@@ -196,30 +197,32 @@ def test_a_reward_file_imports_what_lies_beside_it(tmp_path):
     (tmp_path / "beside_the_reward.py").write_text("VALUE = 7.0\n")
     code = "from beside_the_reward import VALUE\n\n\ndef fn(prompts, responses):\n    return [VALUE]\n"
     (tmp_path / "imports.py").write_text(code)
-    assert common.load_reward(f"{tmp_path}/imports.py:fn")(["a"], ["b"]) == [7.0]
+    assert common.load_reward(Args(reward=f"{tmp_path}/imports.py:fn"), "cpu", [{"prompt": "a"}])(["a"], ["b"]) == [7.0]
+
+
+ROW_1, ROW_2 = "prompt 'a', response 'w'", "prompt 'b', response 'z'"
 
 
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("[1.0, None, 1.0, 1.0]", "iteration 7, row 1: expected a finite number, found None"),
-        ("[1.0, 1.0, float('nan'), 1.0]", "iteration 7, row 2: expected a finite number, found nan"),
-        ("[1.0, 1.0, 1.0, float('inf')]", "iteration 7, row 2: expected a finite number, found inf"),
-        ("[1.0, 1.0, 1.0, -1e39]", "iteration 7, row 2: expected a finite number, found -1e+39"),
-        ("[1.0, 1.0, 1.0, 10**400]", "iteration 7, row 2: expected a finite number, found 1000"),
-        ("['1', 1.0, 1.0, 1.0]", "iteration 7, row 1: expected a finite number, found '1'"),
-        ("[1.0]", "iteration 7, row 1 to row 2: expected 4 scores, found 1 values"),
-        ("None", "iteration 7, row 1 to row 2: expected 4 scores, found None"),
-        ("[1 / (p != 'b') for p in prompts]", "iteration 7, row 2: raised ZeroDivisionError"),
-        ("[exit(p) for p in prompts if p != 'a']", "iteration 7, row 2: raised SystemExit"),
-        ("[1 / (len(prompts) < 4)]", "iteration 7, row 1 to row 2: raised ZeroDivisionError"),
+        ("[None, 1.0, 1.0, 1.0]", f", {ROW_1}: expected a finite number, found None"),
+        ("[1.0, 1.0, 1.0, float('nan')]", f", {ROW_2}: expected a finite number, found nan"),
+        ("[1.0, 1.0, 1.0, float('inf')]", f", {ROW_2}: expected a finite number, found inf"),
+        ("[1.0, 1.0, 1.0, -1e39]", f", {ROW_2}: expected a finite number, found -1e+39"),
+        ("[1.0, 1.0, 1.0, 10**400]", f", {ROW_2}: expected a finite number, found 1000"),
+        ("['1', 1.0, 1.0, 1.0]", f", {ROW_1}: expected a finite number, found '1'"),
+        ("[1.0]", ": expected a list of 4 scores, found [1.0]"),
+        ("None", ": expected a list of 4 scores, found None"),
+        ("[1 / (p != 'b') for p in prompts]", ": ZeroDivisionError: division by zero (<string>:1)"),
+        ("[exit(p) for p in prompts if p != 'a']", ": SystemExit: b"),
     ],
 )
-def test_broken_rewards_name_reward_iteration_and_row(body, message):
+def test_broken_rewards_name_the_reward_and_the_prompt(body, message):
     reward_fn = eval(f"lambda prompts, responses, **columns: {body}")
     with pytest.raises(InputError) as error:
-        common.score_responses(reward_fn, "mine", encode([{"prompt": "a"}, {"prompt": "b"}]), list("wxyz"), 7)
-    assert str(error.value).startswith(f"--reward mine, {message}")
+        common.score_responses(reward_fn, Args(reward="mine"), [{"prompt": "a"}, {"prompt": "b"}], list("wxyz"))
+    assert str(error.value).startswith(f"--reward mine{message}")
 
 
 def test_checkpoints_are_whole_or_absent_and_two_are_kept(tmp_path, monkeypatch):
@@ -232,7 +235,7 @@ def test_checkpoints_are_whole_or_absent_and_two_are_kept(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(InputError, match="--save-every: could not write .* No space left"):
+    with pytest.raises(InputError, match="writing .*checkpoint_00000004.pt: .* No space left"):
         common.save_checkpoint(tmp_path, 4, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000002.pt", "checkpoint_00000003.pt"]
     assert common.load_checkpoint(tmp_path)["weights"].tolist() == [3, 3, 3]
@@ -250,5 +253,6 @@ def test_real_tokenizer_round_trip(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
     tokenizer = common.load_tokenizer(str(tmp_path), [])
     prompts = encode([{"prompt": t} for t in text], tokenizer=tokenizer)
-    assert prompts.ids.shape[1] < 10 and len(set(prompts.mask.sum(1).tolist())) > 1
-    assert common.decode(tokenizer, prompts.ids, prompts.mask) == text
+    ids, mask = prompts.padded()
+    assert ids.shape[1] < 10 and len(set(mask.sum(1).tolist())) > 1
+    assert common.decode(tokenizer, ids, mask) == text

@@ -6,14 +6,14 @@ import json
 import sys
 import types
 
+import common
+
 import pytest
 import torch
 from conftest import SCRIPTS, SHAPES, error_line, recorded_gradients, run_main, tiny_model
 from test_rollout import ragged_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
-
-import common
 
 FULL_ATTENTION = ["gpt2", "llama", "qwen2", "qwen3"]
 SHORT = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--device", "cpu", "--save-every", 0]
@@ -161,7 +161,7 @@ def test_bfloat16_is_the_precision_of_the_passes(script):
     sequences = torch.ones(2, 7, dtype=torch.long)
     for dtype in (torch.float32, torch.bfloat16):
         args = module.Args(dtype=str(dtype).removeprefix("torch."), response_length=3)
-        assert module.response_logits(model, sequences, sequences.bool(), args).dtype == dtype
+        assert common.response_logits(model, sequences, sequences.bool(), args).dtype == dtype
         if script != "reinforce_lm":
             critic = module.Critic(model)
             critic.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
@@ -180,7 +180,7 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
     for load in (
         lambda **trust: common.load_tokenizer(str(tmp_path), [], **trust),
         lambda **trust: common.load_policy(str(tmp_path), tokenizer, 8, 1, **trust),
-        lambda **trust: common.load_reward(f"model:{tmp_path}", **trust),
+        lambda **trust: common.RewardModel(str(tmp_path), **trust),
     ):
         with pytest.raises(common.InputError):
             load()
@@ -240,10 +240,10 @@ def test_a_diverged_policy_ends_the_run_in_one_line(script, tmp_path, capsys, mo
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "shaped_rewards", lambda scores, logprobs, *_: logprobs * float("nan"))
     if script == "trpo_lm":  # a gradient that is not finite moves nothing; its critic's ends the run
-        monkeypatch.setattr(module, "whiten", lambda advantages, *_: torch.zeros_like(advantages))
+        monkeypatch.setattr(common, "whiten", lambda advantages, *_: torch.zeros_like(advantages))
     with pytest.raises(SystemExit) as stop:
         gradients(script, tmp_path)
-    assert stop.value.code == 2 and "expected a finite one" in error_line(capsys)
+    assert stop.value.code == 2 and "expected finite; try a lower learning rate" in error_line(capsys)
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(model_folder):

@@ -1,15 +1,16 @@
 """All three scripts against the best policy there is, known in closed form."""
 
-import pytest
-import torch
-from conftest import run_main, tiny_model
-from test_reinforce import MASK, RESPONSES, SCORES
-
 import common
 import ppo_lm
 import reinforce_lm
 import trpo_lm
-from reinforce_lm import Args, policy_logprobs
+from common import policy_logprobs
+from reinforce_lm import Args
+
+import pytest
+import torch
+from conftest import run_main, tiny_model
+from test_reinforce import MASK, RESPONSES, SCORES
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_training_reaches_the_closed_form_optimum(script, flags, tmp_path):
     run_main(script, *run, *flags)
     (run_dir,) = (tmp_path / "runs").iterdir()
     trained = common.load_policy(str(run_dir / "model"), None, 4, seed=1)
-    args, beta = Args(response_length=2), 0.5
+    args, beta = Args(dtype="float32", response_length=2), 0.5
     for prompt in ([2, 1], [2, 2]):
         sequences = torch.cat([torch.tensor([prompt]).expand(7, 2), RESPONSES], 1)
         attention_mask = torch.cat([torch.ones(7, 2, dtype=torch.bool), MASK], 1)

@@ -1,5 +1,8 @@
 """--reward model:NAME, with a small classifier that is trained here and has a tokenizer of its own."""
 
+import common
+import reinforce_lm
+
 import pytest
 import torch
 from conftest import error_line, run_main, tiny_model
@@ -13,9 +16,6 @@ from transformers import (
     LlamaConfig,
     RobertaConfig,
 )
-
-import common
-import reinforce_lm
 
 CHARACTERS = "!#0123456789"  # more than the policy has, so that the ids of its digits are others
 
@@ -53,11 +53,11 @@ def test_scores_are_the_logits_of_single_texts(classifier):
     tokenizer = common.load_tokenizer(classifier, [])
     prompts, responses = ["12", "34567", "7"], ["777", "", "1234567"]
     for logit in (-1, 0):
-        reward_fn = common.load_reward(f"model:{classifier}", logit=logit, batch_size=2)
+        reward_fn = common.RewardModel(classifier, logit, batch_size=2)
         expected = [model(**tokenizer(p + r, return_tensors="pt")).logits[0, logit] for p, r in zip(prompts, responses)]
         torch.testing.assert_close(reward_fn(prompts, responses), torch.stack(expected), rtol=1e-4, atol=1e-5)
-    batch = common.encode_prompts(tokenizer, [{"prompt": p} for p in prompts], list("abc"), 9)
-    clipped = common.score_responses(reward_fn, "model", batch, responses, 1, clip=0.01)
+    args = reinforce_lm.Args(reward="model", reward_clip=0.01)
+    clipped = common.score_responses(reward_fn, args, [{"prompt": p} for p in prompts], responses)
     torch.testing.assert_close(clipped, torch.stack(expected).clamp(-0.01, 0.01), rtol=1e-4, atol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_batches_are_scored_alike_whatever_was_saved_with_the_weights(config, pa
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     pairs = ["12", "345", "7"], ["777", "", "1234567"]
-    scores = [common.load_reward(f"model:{folder}")(*pairs) for folder in (classifier, tmp_path)]
+    scores = [common.RewardModel(folder)(*pairs) for folder in (classifier, tmp_path)]
     torch.testing.assert_close(*scores)
 
 
@@ -91,7 +91,7 @@ def test_padding_of_a_tokenizer_that_has_none(trained_with, classifier, tmp_path
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     prompts = [[{"role": "user", "content": "12"}], [{"role": "user", "content": "345"}]]
-    scores = common.load_reward(f"model:{tmp_path}")(prompts, ["777", "1"])
+    scores = common.RewardModel(tmp_path)(prompts, ["777", "1"])
     texts = ["12777", "3451"]
     ids = [torch.tensor([tokenizer(f"{text}<end>").input_ids]) for text in texts]
     expected = [model(input_ids=row).logits[0, -1] for row in ids]
@@ -105,31 +105,26 @@ def test_a_tokenizer_that_pads_on_the_left(tmp_path):
     size = dict(n_positions=32, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0, initializer_range=1.0)
     AutoModelForSequenceClassification.from_config(GPT2Config(vocab_size=13, **size)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    reward_fn = common.load_reward(f"model:{tmp_path}")
+    reward_fn = common.RewardModel(tmp_path)
     torch.testing.assert_close(reward_fn(["12", "345678"], ["777", "0"])[:1], reward_fn(["12"], ["777"]))
 
 
-def test_positions_that_begin_behind_the_padding_id(tmp_path):
-    """RoBERTa has room for 30 tokens where its config says 34."""
+def test_positions_that_begin_after_the_padding_id(tmp_path):
+    """RoBERTa has room for 32 tokens where its config says 34."""
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
-    config = RobertaConfig(vocab_size=13, max_position_embeddings=34, pad_token_id=3, **size)
+    config = RobertaConfig(vocab_size=13, max_position_embeddings=34, pad_token_id=1, **size)
     tokenizer = common.character_tokenizer(CHARACTERS)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    reward_fn = common.load_reward(f"model:{tmp_path}")
-    torch.testing.assert_close(reward_fn(["9" * 60], ["7"]), reward_fn(["9" * 29], ["7"]))
+    reward_fn = common.RewardModel(tmp_path)
+    torch.testing.assert_close(reward_fn(["9" * 60], ["7"]), reward_fn(["9" * 31], ["7"]))
 
 
-def test_a_text_that_is_too_long_is_read_from_its_end_and_said_once(classifier, capsys):
-    reward_fn = common.load_reward(f"model:{classifier}")  # 64 positions
-    capsys.readouterr()
-    assert reward_fn(["1" * 60], ["7777"]).item() == pytest.approx(reward_fn([""], ["1" * 60 + "7777"]).item())
-    assert capsys.readouterr().err == ""
+def test_a_text_that_is_too_long_is_read_from_its_end(classifier):
+    reward_fn = common.RewardModel(classifier)  # 64 positions, two of which RoBERTa could not use
     long = reward_fn(["1" * 90] * 2, ["7777"] * 2)
-    torch.testing.assert_close(long, reward_fn([""], ["1" * 60 + "7777"]).expand(2))
-    reward_fn(["1" * 90], ["7777"])
-    assert capsys.readouterr().err.count("reads the last 64 tokens of a text, found one of 94 (said once)") == 1
+    torch.testing.assert_close(long, reward_fn([""], ["1" * 58 + "7777"]).expand(2))
 
 
 def test_the_policy_learns_to_please_it(classifier, tmp_path):
@@ -162,9 +157,9 @@ def test_chat_prompts_go_through_its_chat_template(classifier, tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ '#' + m.content + '!' }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(tmp_path)
-    reward_fn = common.load_reward(f"model:{tmp_path}")
+    reward_fn = common.RewardModel(tmp_path)
     assert reward_fn.text(chat_rows()[0]["prompt"], "777") == "#12!#777!"
-    plain = common.load_reward(f"model:{classifier}")
+    plain = common.RewardModel(classifier)
     torch.testing.assert_close(reward_fn([chat_rows()[0]["prompt"]], ["777"]), plain(["#12!#777!"], [""]))
 
 
@@ -190,6 +185,5 @@ def test_bad_reward_models_are_refused_before_any_work(classifier, tmp_path, cap
     weights = load_file(with_bias / "model.safetensors") | {"score.bias": torch.ones(2)}
     save_file(weights, with_bias / "model.safetensors", metadata={"format": "pt"})
     assert "'score.bias'" in refusal(capsys, tmp_path, "--reward", f"model:{with_bias}")
-    prompts = common.Prompts(chat_rows(), ["row 1"], torch.zeros(1, 1), torch.ones(1, 1))
     with pytest.raises(common.InputError, match="chat template"):
-        common.load_reward(f"model:{classifier}", prompts)
+        common.load_reward(reinforce_lm.Args(reward=f"model:{classifier}"), "cpu", chat_rows())

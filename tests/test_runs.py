@@ -11,15 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import common
+import reinforce_lm
+import trpo_lm
+
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, error_line, recorded_gradients, run_main, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import common
-import reinforce_lm
-import trpo_lm
 
 
 def final_line(output):
@@ -42,7 +43,8 @@ def test_script_and_common_run_alone_in_an_empty_folder(script, tmp_path):
     flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-every", 2, "--eval-size", 16]
     result = run_script(script, *flags, cwd=tmp_path)
     final = final_line(result.stdout)
-    assert list(final) == ["eval_score", "eval_exact", "episodes", "seconds", "run_dir"]
+    names = ["eval_score_before", "eval_exact_before", "eval_score", "eval_exact"]
+    assert list(final) == [*names, "episodes", "seconds", "run_dir"]
     run_dir = tmp_path / final["run_dir"]
     summary = json.loads((run_dir / "summary.json").read_text())
     for key, value in final.items():
@@ -56,9 +58,12 @@ def test_script_and_common_run_alone_in_an_empty_folder(script, tmp_path):
     assert [step for step, _ in logged["eval/score"]] == [0, 64, 96]
     assert logged["eval/score"][-1][1] == pytest.approx(summary["eval_score"])
     assert [step for step, _ in logged["objective/score"]] == [32, 64, 96]
-    assert (
-        " -> " in result.stdout and "score" in result.stderr and "tokens/s" in result.stderr and "KL" in result.stderr
-    )
+    assert logged["eval/score"][0][1] == pytest.approx(summary["eval_score_before"])
+    assert " -> " in result.stdout and result.stdout.count("evaluation after ") == 3
+    lines = [line for line in result.stderr.splitlines() if line.startswith("iteration ")]  # one for each update
+    assert len(lines) == 3 and all("score" in line and "KL" in line and "tokens/s" in line for line in lines)
+    args = json.loads((run_dir / "args.json").read_text())
+    assert args["total_episodes"] == 96 and args["response_length"] == 6
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     trained = common.load_checkpoint(run_dir)["policy"]
@@ -75,9 +80,11 @@ def test_texts_and_hyperparameters_are_in_tensorboard(tmp_path):
     events.Reload()
     tags = events.Tags()["tensors"]
     text = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in tags}
-    assert "|learning_rate|" in text["hyperparameters/text_summary"]
-    assert "|prompt|response|score|reference|" in text["samples/text_summary"]
-    assert text["samples/text_summary"].count("\n") == 1 + 8
+    samples = text["samples/text_summary"].splitlines()
+    assert len(samples) == 8 and all(line.startswith("    '") for line in samples), "as code, whatever is in them"
+    plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+    assert hparams["batch_size"].number_value == 32 and hparams["model"].string_value == "tiny"
 
 
 def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
@@ -92,8 +99,8 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
             seen["responses"], seen["mask"], _ = result
         return result
 
-    def recording_score(*args, **settings):
-        scores = score(*args, **settings)
+    def recording_score(*args):
+        scores = score(*args)
         seen["scores"] = scores if len(scores) == 32 else seen.get("scores")
         return scores
 
@@ -101,11 +108,11 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         seen["gap"], seen["kl_coef"] = logprobs - ref_logprobs, kl_coef
         return shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef)
 
-    def recording_logprobs(*args, policy_logprobs=reinforce_lm.policy_logprobs):
+    def recording_logprobs(*args, policy_logprobs=common.policy_logprobs):
         logprobs, seen["entropy"] = policy_logprobs(*args)  # the last pass of an iteration is that of the loss
         return logprobs, seen["entropy"]
 
-    monkeypatch.setattr(reinforce_lm, "policy_logprobs", recording_logprobs)
+    monkeypatch.setattr(common, "policy_logprobs", recording_logprobs)
     monkeypatch.setattr(common, "rollout", recording_rollout)
     monkeypatch.setattr(common, "score_responses", recording_score)
     monkeypatch.setattr(reinforce_lm, "shaped_rewards", recording_shaped)
@@ -166,14 +173,14 @@ def test_gradients_are_clipped_and_logged_before(script, tmp_path):
 
 
 def test_trpo_updates_in_float32_whatever_the_precision_of_the_rest(tmp_path, monkeypatch):
-    seen, response_logits = [], trpo_lm.response_logits
+    seen, response_logits = [], common.response_logits
 
     def recording_logits(*args):
         logits = response_logits(*args)
         seen.append(logits.dtype)
         return logits
 
-    monkeypatch.setattr(trpo_lm, "response_logits", recording_logits)
+    monkeypatch.setattr(common, "response_logits", recording_logits)
     flags = ["--total-episodes", 32, "--batch-size", 32, "--eval-size", 4, "--dtype", "bfloat16", "--kl-coef", 0]
     run_main(trpo_lm, *flags, "--output-dir", tmp_path)
     assert set(seen) == {torch.float32}  # without a reference all logits are those of the update
@@ -274,9 +281,9 @@ def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path, capsys,
     resumed = final_line(capsys.readouterr().out)
     assert resumed["run_dir"] == str(run_dir) and resumed["eval_score"] == whole["eval_score"]
     expected, found = common.load_checkpoint(whole["run_dir"]), common.load_checkpoint(run_dir)
-    assert found["iteration"] == expected["iteration"] == 20 and found["numbers"] == expected["numbers"]
+    assert found["iteration"] == expected["iteration"] == 20 and found["carried"] == expected["carried"]
     for part in expected:
-        if part not in ("args", "seconds", "iteration", "numbers", "script"):
+        if part not in ("args", "iteration", "carried", "script"):
             assert_same(expected[part], found[part])
     for tag, values in scalars(whole["run_dir"]).items():
         if not tag.startswith("time/"):
@@ -351,13 +358,13 @@ def test_what_a_resumed_run_may_change(tmp_path, capsys):
     capsys.readouterr()
     run_main(reinforce_lm, "--resume", run_dir)  # a run that had ended is evaluated and saved again
     assert final_line(capsys.readouterr().out)["episodes"] == "96"
-    assert "--total-episodes: expected at least the 96" in error_of("--total-episodes", 64)
+    assert "--total-episodes: expected at least 96, already done" in error_of("--total-episodes", 64)
     assert "--batch-size: expected 32 as in" in error_of("--batch-size", 48)
     path = sorted(run_dir.glob("checkpoint_*.pt"))[-1]
     torch.save(torch.load(path) | {"world_size": 2}, path)
-    assert "--resume: expected the 2 ranks" in error_of()
+    assert "--resume: expected world_size 2, as in" in error_of()
     torch.save(torch.load(path) | {"script": "other_lm", "world_size": 1}, path)
-    assert "--resume: expected a run of reinforce_lm, found 'other_lm'" in error_of()
+    assert "--resume: expected script 'other_lm', as in" in error_of()
 
 
 def test_control_c_ends_in_one_line(tmp_path):
@@ -370,7 +377,8 @@ def test_control_c_ends_in_one_line(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
-    assert error.splitlines()[-1].startswith("stopped; --resume")
+    (run_dir,) = tmp_path.iterdir()
+    assert error.splitlines()[-1] == f"stopped; --resume {run_dir} goes on from the last checkpoint"
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
@@ -388,7 +396,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys)
         run_main(reinforce_lm, *flags)
     (run_dir,) = tmp_path.iterdir()
     error = error_line(capsys)
-    assert stop.value.code == 2 and error.startswith("error: --save-every") and f"--resume {run_dir}" in error
+    assert stop.value.code == 2 and error.startswith(f"error: writing {run_dir}/checkpoint_00000002.pt: OSError: ")
     monkeypatch.setattr(torch, "save", torch_save)
     assert common.load_checkpoint(run_dir)["iteration"] == 1
     run_main(reinforce_lm, "--resume", run_dir)
@@ -400,14 +408,14 @@ def test_broken_reward_stops_the_run_in_one_line(tmp_path, capsys):
         "calls = []\n"
         "def fn(prompts, responses, **columns):\n"
         "    calls.append(1)\n"
-        "    return [float('nan') if len(calls) > 2 else 0.5] * len(responses)\n"
+        "    return [float('nan') if len(calls) > 3 else 0.5] * len(responses)\n"
     )
     flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path / "runs"]
     with pytest.raises(SystemExit) as stop:
         run_main(reinforce_lm, *flags, "--reward", f"{tmp_path}/mine.py:fn")
     error = error_line(capsys)
     assert stop.value.code == 2
-    assert error.startswith(f"error: --reward {tmp_path}/mine.py:fn, iteration 2, sort row")
+    assert error.startswith(f"error: --reward {tmp_path}/mine.py:fn, prompt ")
     assert "expected a finite number, found nan" in error
 
 
@@ -451,7 +459,9 @@ def test_any_checkpoint_with_real_text_and_own_reward(kind, tmp_path):
     run_main(reinforce_lm, *flags)
     (run_dir,) = (tmp_path / "runs").iterdir()
     logged = scalars(run_dir)
-    assert set(json.loads((run_dir / "summary.json").read_text())) == {"eval_score", "episodes", "seconds", "run_dir"}
+    assert set(json.loads((run_dir / "summary.json").read_text())) == {
+        *("eval_score_before", "eval_score", "episodes", "seconds", "run_dir")
+    }
     start = sum(value for _, value in logged["objective/score"][:3]) / 3
     assert sum(value for _, value in logged["objective/score"][-3:]) / 3 > start + 0.5
     assert max(value for _, value in logged["policy/sampler_gap"]) < 1e-4

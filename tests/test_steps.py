@@ -6,16 +6,16 @@ advantages and losses are then computed again, one response at a time and withou
 
 import importlib
 
+import common
+import ppo_lm
+import trpo_lm
+
 import pytest
 import torch
 from conftest import flat_gradient, recorded_gradients, run_main, tiny_model
 from test_runs import scalars
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-import common
-import ppo_lm
-import trpo_lm
 
 B, K, LENGTH = 16, 4, 5
 BETA, GAMMA, LAMBDA, T = 0.3, 0.9, 0.8, 0.7
@@ -290,7 +290,7 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, m
                     sides |= {(bool(a > 0))} if is_clipped else set()
                     total = total + (limit * a if is_clipped else r * a)
             else:
-                total = total + (ratio * advantages[i] - 3 * torch.distributions.kl_divergence(before, new)).sum()
+                total = total + (ratio * advantages[i] - 3 * (ratio - 1 - ratio.log())).sum()
             total = total + 0.1 * new.entropy().sum()
             entropy.extend(new.entropy().tolist())
         assert_gradient(-total / sum(len(tokens[i]) for i in rows), run.policy, policy_gradient)
@@ -299,12 +299,7 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, m
     assert run.logged["policy/entropy"] == pytest.approx([sum(entropies) / 2], rel=1e-3)
     with torch.no_grad():
         final = torch.cat([ratios(i, run.after)[0] for i in range(B)])
-        exact = [
-            torch.distributions.kl_divergence(old, new) for _, new, old in (ratios(i, run.after) for i in range(B))
-        ]
     assert run.logged["policy/approx_kl"] == pytest.approx([(final - 1 - final.log()).mean().item()], rel=0.01)
-    if surrogate == "kl_penalty":
-        assert run.logged["policy/kl"] == pytest.approx([torch.cat(exact).mean().item()], rel=0.01)
     if surrogate == "clip":
         a = torch.cat(advantages)
         assert run.logged["policy/clipfrac"] == pytest.approx(

@@ -1,20 +1,19 @@
 """trpo_lm.py against dense matrices, a solver, the enumerated gradient and the promises that a trust region makes."""
 
 import contextlib
-import json
-
-import pytest
-import torch
-from conftest import error_line, run_main, tiny_model
-from test_reinforce import MASK, SCORES, Enumerated
-from test_runs import scalars
-from transformers.models.llama import modeling_llama
 
 import common
 import ppo_lm
 import reinforce_lm
 import trpo_lm
 from trpo_lm import Args
+
+import pytest
+import torch
+from conftest import run_main, tiny_model
+from test_reinforce import MASK, SCORES, Enumerated
+from test_runs import scalars
+from transformers.models.llama import modeling_llama
 
 NAN, INF = float("nan"), float("inf")
 SHORT = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--device", "cpu", "--save-every", 0]
@@ -24,7 +23,7 @@ class Batch:
     """A tiny policy in float64 and a batch of ragged, left-padded prompts and responses."""
 
     def __init__(self, kind="gpt2", attention="eager", rows=5):
-        self.args = Args(response_length=3, temperature=0.8)
+        self.args = Args(dtype="float32", response_length=3, temperature=0.8)
         self.policy = tiny_model(kind, vocab_size=5, attn_implementation=attention, dtype=torch.float64)
         generator = torch.Generator().manual_seed(3)
         prompts, responses = torch.randint(5, (2, rows, 3), generator=generator)
@@ -40,11 +39,24 @@ class Batch:
     def vector(self, seed):
         return torch.randn(self.num_parameters, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
+    def micro_batches(self, size=5):
+        return torch.arange(len(self.response_mask)).split(size)
+
     def product(self, vector, micro_batch_size=5):
-        return trpo_lm.fisher_vector_product(vector, self.policy, self.batch, micro_batch_size, self.args)
+        return trpo_lm.fisher_vector_product(
+            vector, self.policy, self.batch, self.micro_batches(micro_batch_size), self.args
+        )
+
+    def surrogate_gradient(self, advantages, num_tokens, policy=None):
+        inputs = self.batch, self.micro_batches(2), advantages, torch.zeros_like(advantages), num_tokens, self.args
+        return trpo_lm.surrogate_gradient(policy or self.policy, *inputs)[0]
+
+    def quadratic_form(self, vector, size=5):
+        inputs = self.batch, self.micro_batches(size), self.response_mask.sum(), self.args
+        return trpo_lm.fisher_quadratic_form(vector, self.policy, *inputs)
 
     def logits(self):
-        return trpo_lm.response_logits(self.policy, *self.batch[:2], self.args)[self.response_mask]  # (T, V)
+        return common.response_logits(self.policy, *self.batch[:2], self.args)[self.response_mask]  # (T, V)
 
     def dense_fisher(self):
         """Mean over tokens of sum_a p(a) grad log p(a) grad log p(a)', from one gradient for each token and action."""
@@ -73,7 +85,7 @@ def test_fisher_products_are_those_of_the_dense_matrix(kind, monkeypatch):
         expected = fisher @ v
         for micro_batch_size in (1, 2, 5):
             assert (case.product(v, micro_batch_size) - expected).norm() < tolerance * expected.norm()
-        quadratic = trpo_lm.fisher_quadratic_form(v, case.policy, case.batch, 2, case.args)
+        quadratic = case.quadratic_form(v, 2)
         assert quadratic == pytest.approx((v @ expected).item(), rel=tolerance)
 
 
@@ -92,21 +104,21 @@ def test_no_fused_attention_inside_a_product_and_only_there(monkeypatch):
     """The default attention, which has no forward mode when fused, gives the products of the eager one."""
     fused, eager = Batch(attention="sdpa"), Batch(attention="eager")
     v, flags = fused.vector(1), []
-    response_logits = trpo_lm.response_logits
+    response_logits = common.response_logits
 
     def recording(*args):
         flags.append(torch.backends.cuda.flash_sdp_enabled())
         return response_logits(*args)
 
-    monkeypatch.setattr(trpo_lm, "response_logits", recording)
+    monkeypatch.setattr(common, "response_logits", recording)
     torch.testing.assert_close(fused.product(v), eager.product(v), rtol=1e-9, atol=1e-12)
     assert flags == [False, False] * 2
     advantages = torch.ones_like(fused.response_mask, dtype=torch.float64)
     flags.clear()
-    trpo_lm.surrogate_gradient(fused.policy, fused.batch, advantages, fused.response_mask.sum(), 5, fused.args)
-    assert flags == [True]
-    with pytest.raises(RuntimeError, match="forward AD"):  # without the plain kernel it would not have worked
-        monkeypatch.setattr(trpo_lm, "sdpa_kernel", lambda _: contextlib.nullcontext())
+    fused.surrogate_gradient(advantages, fused.response_mask.sum())
+    assert flags == [True] * 3
+    with pytest.raises(common.InputError, match="--model: no forward mode.*forward AD"):  # as without the plain kernel
+        monkeypatch.setattr(trpo_lm, "plain_attention", contextlib.nullcontext)
         fused.product(v)
 
 
@@ -187,9 +199,9 @@ def test_step_solves_the_trust_region_problem():
 def natural_step(case, advantages, delta):
     """The full step of (10) as main takes it, with an undamped solution."""
     num_tokens = case.response_mask.sum()
-    g, *_ = trpo_lm.surrogate_gradient(case.policy, case.batch, advantages, num_tokens, 5, case.args)
+    g = case.surrogate_gradient(advantages, num_tokens)
     x, *_ = trpo_lm.conjugate_gradient(case.product, g, 10, 0.1, 0.0)
-    curvature = trpo_lm.fisher_quadratic_form(x, case.policy, case.batch, 5, case.args)
+    curvature = case.quadratic_form(x)
     return (2 * delta / curvature) ** 0.5 * x
 
 
@@ -198,12 +210,12 @@ def test_kl_of_the_step_tends_to_delta_and_its_gain_to_the_prediction():
     advantages = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     num_tokens = case.response_mask.sum()
     theta = trpo_lm.flatten(case.policy)
-    g, *_ = trpo_lm.surrogate_gradient(case.policy, case.batch, advantages, num_tokens, 5, case.args)
-    old = trpo_lm.unflatten(theta, case.policy)
+    g = case.surrogate_gradient(advantages, num_tokens)
     for delta in (1e-6, 1e-8):
         step = natural_step(case, advantages, delta)
         trpo_lm.set_parameters(case.policy, theta + step)
-        gain, kl = trpo_lm.surrogate_gain_and_kl(case.policy, old, case.batch, advantages, num_tokens, 2, case.args)
+        inputs = case.batch, case.micro_batches(2), advantages, num_tokens, case.args
+        gain, kl = trpo_lm.surrogate_gain_and_kl(case.policy, theta, *inputs)
         assert kl == pytest.approx(delta, rel=100 * delta**0.5)
         assert gain == pytest.approx((g @ step).item(), rel=100 * delta**0.5)
         trpo_lm.set_parameters(case.policy, theta)
@@ -237,12 +249,12 @@ def test_gradient_is_that_of_reinforce_and_ppo_and_the_enumerated_one():
     advantages = (probabilities * SCORES)[:, None].expand(7, 2)
     batch = [case.sequences, case.attention_mask, MASK]
     for micro_batch_size in (2, 7):
-        g, old_logprobs, entropy = trpo_lm.surrogate_gradient(
-            case.policy, batch, advantages, 1, micro_batch_size, case.args
+        micro_batches = torch.arange(7).split(micro_batch_size)
+        g, means = trpo_lm.surrogate_gradient(
+            case.policy, batch, micro_batches, advantages, logprobs.detach(), 1, case.args
         )
         torch.testing.assert_close(g, case.exact_gradient(kl_coef=0.0, gamma=1.0), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(old_logprobs, logprobs.detach())
-    assert entropy.shape == (7, 2)
+    assert means["policy/sampler_gap"] < 1e-12 < means["policy/entropy"]
     reinforce = -reinforce_lm.policy_gradient_loss(logprobs, advantages, MASK, 1)
     ratio = (logprobs - logprobs.detach()).exp()
     ppo = ppo_lm.clipped_surrogate(ratio, advantages, 0.2, 0.2).where(MASK, 0.0).sum()
@@ -293,9 +305,9 @@ def test_every_accepted_step_keeps_the_trust_region_and_gains(tmp_path, monkeypa
     updates = []
     line_search, gradient = trpo_lm.line_search, trpo_lm.surrogate_gradient
 
-    def recording_gradient(policy, batch, advantages, *rest):
+    def recording_gradient(policy, batch, micro_batches, advantages, *rest):
         updates.append({"batch": batch, "advantages": advantages})
-        return gradient(policy, batch, advantages, *rest)
+        return gradient(policy, batch, micro_batches, advantages, *rest)
 
     def recording_search(policy, theta, step, *rest):
         result = line_search(policy, theta, step, *rest)
@@ -339,7 +351,6 @@ def test_no_usable_gradient_no_update_and_the_run_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize("broken", [float("nan"), -1.0, 0.0])
 def test_broken_products_leave_the_policy_alone(broken, tmp_path, monkeypatch, capsys):
     product = trpo_lm.fisher_vector_product
-    monkeypatch.setattr(trpo_lm, "check_fisher_products", lambda *_: None)
     monkeypatch.setattr(trpo_lm, "fisher_vector_product", lambda *args, **settings: product(*args, **settings) * broken)
     logged = trpo_run(tmp_path, "--total-episodes", 64, "--cg-damping", 0)
     assert logged["trpo/accepted"] == [0.0] * 2
@@ -349,18 +360,6 @@ def test_broken_products_leave_the_policy_alone(broken, tmp_path, monkeypatch, c
     fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
     for weight, expected in zip(saved.parameters(), fresh.parameters()):
         assert torch.equal(weight, expected)
-
-
-def test_products_that_are_not_symmetric_are_refused_at_the_start(tmp_path, monkeypatch, capsys):
-    product = trpo_lm.fisher_vector_product
-
-    def lossy(vector, **settings):  # as if some parameters got no tangent
-        return product(vector * (torch.arange(len(vector)) % 2), **settings)
-
-    monkeypatch.setattr(trpo_lm, "fisher_vector_product", lossy)
-    with pytest.raises(SystemExit) as stop:
-        trpo_run(tmp_path, "--total-episodes", 64)
-    assert stop.value.code == 2 and error_line(capsys).startswith("error: --model: expected layers")
 
 
 @pytest.mark.parametrize("fraction", [0.1, 1.0])
@@ -393,13 +392,5 @@ def test_critic_does_not_move_the_policy_nor_the_policy_the_critic(tmp_path):
     )
     assert logged["trpo/accepted"] == [0.0, 0.0] and logged["value/mean"][1] != 0.0
     assert logged["objective/kl_ref"] == pytest.approx([0.0, 0.0], abs=1e-5)  # the policy is its reference still
-    logged = trpo_run(tmp_path, "--total-episodes", 64, "--update-epochs", 0)
-    assert logged["trpo/accepted"] == [1.0, 1.0] and logged["value/mean"] == [0.0, 0.0]
-
-
-def test_llama_checkpoint_end_to_end(tmp_path, model_folder):
-    folder = model_folder("llama")
-    logged = trpo_run(tmp_path, "--model", folder, "--total-episodes", 32 * 4, "--dtype", "bfloat16")
-    assert sum(logged["trpo/accepted"]) >= 2 and max(logged["trpo/kl"]) <= 0.1 * (1 + 1e-4)
-    (run_dir,) = tmp_path.glob("run*/*")
-    assert "eval_score" in json.loads((run_dir / "summary.json").read_text())
+    logged = trpo_run(tmp_path, "--total-episodes", 64, "--critic-learning-rate", 1e-30)
+    assert logged["trpo/accepted"] == [1.0, 1.0] and logged["value/mean"] == pytest.approx([0.0, 0.0], abs=1e-20)
