@@ -724,16 +724,14 @@ def rollout(
     checkpoint's generation_config.json says, so that the sampled distribution is the one whose gradient is taken.
 
     Args:
-        model: a causal language model, without dropout.
         prompts, prompt_mask: (N, P) left-padded ids and where they are real; a prompt is run once for all its samples.
         end_ids: ids that end a response; the end token belongs to the response.
         rollout_batch_size: responses sampled at once, at least those of one prompt. Bounds memory.
         greedy: take the most likely token instead of sampling.
         cuda_graph: on CUDA, whether to use `Decoder`'s cache of fixed size and its graph.
     Returns:
-        responses: (N * samples_per_prompt, R) ids, samples of one prompt next to each other, `PAD_ID` after the end.
-        response_mask: the same shape, True up to and including the first end token.
-        logprobs: the same shape, the sampler's log-probabilities of the tokens, 0 after the end.
+        responses, response_mask, logprobs: (N * samples_per_prompt, R) each, samples of one prompt next to each other:
+            ids, True up to and including the first end token, and the sampler's log-probabilities; 0 after the end.
     Raises:
         InputError: if logits are not finite.
     """
@@ -784,35 +782,24 @@ class Decoder:
     """
 
     def __init__(self, model, prompts, prompt_mask, samples_per_prompt, response_length, fixed_size):
-        """Run the prompts, once for all their samples. `self.logits` (b, V) are those of the first response token.
+        """Run the (n, P) prompts, once for all their samples. `self.logits` (b, V) score the first response token.
 
-        Args:
-            prompts, prompt_mask: (n, P).
-            fixed_size: preallocate the cache, if the model has attention over all positions and nothing else.
-        Raises:
-            InputError: if the model has another kind of cache, or none.
+        fixed_size: preallocate the cache, if the model has attention over all positions and nothing else. Raises
+        `InputError` if the model has another kind of cache, or none.
         """
         room = torch.ones((len(prompts), response_length), dtype=torch.bool, device=prompts.device)
         self.model, self.length = model, prompts.shape[1]
         self.attention_mask = torch.cat([prompt_mask, room], 1).long()  # (n, P+R)
-        cache = StaticCache(config=model.config, max_cache_len=self.length + response_length) if fixed_size else None
-        # Sliding windows count positions outside of tensors, where a captured graph would not see them move.
-        self.fixed_size = fixed_size and all(type(layer) is StaticLayer for layer in cache.layers)
-        self.captures, self.graph = self.fixed_size and prompts.device.type == "cuda", None
-        output = model(
-            prompts,
-            attention_mask=self.attention_mask if self.fixed_size else self.attention_mask[:, : self.length],
-            position_ids=position_ids(prompt_mask),
-            past_key_values=cache if self.fixed_size else None,
-            use_cache=True,
-            logits_to_keep=1,
+        self.cache = (
+            StaticCache(config=model.config, max_cache_len=self.length + response_length) if fixed_size else None
         )
-        self.cache = getattr(output, "past_key_values", None)
-        kinds = {type(layer) for layer in getattr(self.cache, "layers", [None])}
-        known = kinds <= {StaticLayer, DynamicLayer, DynamicSlidingWindowLayer}  # those that `select` knows
-        require(known, "--model", "a cache of keys and values and nothing else", f"{type(model).__name__}'s {kinds}")
-        self.logits, self.positions = output.logits[:, -1], position_ids(prompt_mask)[:, -1:]  # (n, V), (n, 1)
-        self.tokens = torch.zeros_like(self.positions)  # (n, 1)
+        # Sliding windows count positions outside of tensors, where a captured graph would not see them move.
+        self.fixed_size = fixed_size and all(type(layer) is StaticLayer for layer in self.cache.layers)
+        self.cache = self.cache if self.fixed_size else None
+        self.captures, self.graph = self.fixed_size and prompts.device.type == "cuda", None
+        self.tokens, self.positions = prompts, position_ids(prompt_mask)  # (n, P), (n, P)
+        self.logits = self.forward()  # (n, V)
+        self.tokens, self.positions = prompts[:, -1:].clone(), self.positions[:, -1:]  # (n, 1), (n, 1)
         self.select(torch.arange(len(prompts), device=prompts.device).repeat_interleave(samples_per_prompt))
 
     def select(self, rows):
@@ -824,7 +811,7 @@ class Decoder:
         self.graph = None
 
     def step(self, tokens):
-        """Append a token (b, 1) to each row. `self.logits` (b, V) are then those of the next."""
+        """Append a token (b, 1) to each row. `self.logits` (b, V) then score the next."""
         self.tokens.copy_(tokens)
         self.positions += 1
         self.length += 1
@@ -836,22 +823,28 @@ class Decoder:
         self.graph.replay()  # writes to self.logits
 
     def forward(self):
-        """The pass of one token, over tensors that keep their place."""
-        return self.model(
+        """A pass over `self.tokens`, which on CUDA, like the other tensors, keeps its place in memory."""
+        output = self.model(
             self.tokens,
             attention_mask=self.attention_mask if self.fixed_size else self.attention_mask[:, : self.length],
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+        )
+        if self.cache is None:
+            self.cache = getattr(output, "past_key_values", None)
+            kinds = {type(layer) for layer in getattr(self.cache, "layers", [None])}
+            known = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}  # those that `select` knows
+            require(known, "--model", "a cache of keys and values and nothing else", f"{type(self.model)}'s {kinds}")
+        return output.logits[:, -1]
 
     def capture(self):
         """Record the kernels of `forward` as a CUDA graph."""
         lengths = [layer.cumulative_length.clone() for layer in self.cache.layers]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        try:
+        with blame("--cuda-graph: this model needs --no-cuda-graph"):
             with torch.cuda.stream(stream):
                 self.forward()  # libraries allocate their workspaces in the first pass
             torch.cuda.current_stream().wait_stream(stream)
@@ -860,8 +853,6 @@ class Decoder:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 self.logits = self.forward()
-        except RuntimeError as error:
-            raise InputError(f"--cuda-graph: this model needs --no-cuda-graph ({error})") from None
 
 
 def decode(tokenizer, responses, response_mask):
@@ -876,12 +867,8 @@ def decode(tokenizer, responses, response_mask):
 
 def match_reward(prompts, responses, reference, **columns):
     """Share of the reference's characters that are at their place in the response, its end counted as one more."""
-
-    def match(response, reference):
-        right = sum(a == b for a, b in zip(response, reference)) + (len(response) == len(reference))
-        return right / (len(reference) + 1)
-
-    return [match(response, str(text)) for response, text in zip(responses, reference)]
+    pairs = [(response, str(text)) for response, text in zip(responses, reference)]
+    return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 
 
 def exact_reward(prompts, responses, reference, **columns):

@@ -597,28 +597,19 @@ def main(args, checkpoint=None):
         generator = make_generator("cpu", args.seed, iteration, rank, args.update_epochs)  # unlike the critic's
         num_rows = max(1, round(args.fvp_fraction * local_batch_size))
         rows = torch.randperm(local_batch_size, generator=generator)[:num_rows].to(device)
-        product_inputs = policy, data, rows.split(args.micro_batch_size), float32_args
+        inputs = policy, data, rows.split(args.micro_batch_size), float32_args
+        settings = args.cg_iters, args.cg_damping, args.cg_tol
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
-            lambda v, inputs=product_inputs: fisher_vector_product(v, *inputs),
-            g,
-            args.cg_iters,
-            args.cg_damping,
-            args.cg_tol,
+            lambda v, inputs=inputs: fisher_vector_product(v, *inputs), g, *settings
         )
         curvature = fisher_quadratic_form(x, policy, data, micro_batches, num_tokens, float32_args)
         scale = (2 * max_kl / curvature) ** 0.5 if 0 < curvature < torch.inf else 0.0  # (10)
         predicted_gain = scale * dot(g, x)
-        step_inputs = policy, theta, data, micro_batches, advantages, num_tokens, float32_args
+        inputs = policy, theta, data, micro_batches, advantages, num_tokens, float32_args
         fraction, gain, kl, tried = line_search(
-            policy,
-            theta,
-            x.mul_(scale),
-            predicted_gain,
-            lambda inputs=step_inputs: surrogate_gain_and_kl(*inputs),
-            max_kl,
-            args,
+            policy, theta, x.mul_(scale), predicted_gain, lambda i=inputs: surrogate_gain_and_kl(*i), max_kl, args
         )
-        del theta, g, x, step_inputs  # as large as the policy: freed before the critic's update and the next batch
+        del theta, g, x, inputs  # as large as the policy: freed before the critic's update and the next batch
         if rank == 0 and not fraction:
             why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
             common.show(f"iteration {iteration}: policy not updated, {why}")

@@ -226,27 +226,6 @@ def test_the_penalty_is_adapted_by_the_logged_kl(tmp_path, monkeypatch):
     assert adapted == pytest.approx(logged["policy/approx_kl"], rel=1e-6)
 
 
-@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
-def test_what_follows_a_cut_response(truncation, tmp_path, monkeypatch):
-    """The advantage of the last token: the critic's word for what follows counts only where a response was cut."""
-    seen = []
-    original = ppo_lm.generalized_advantages
-
-    def recording(rewards, values, response_mask, next_values, gamma, gae_lambda):
-        seen.append((response_mask, next_values))
-        return original(rewards, values, response_mask, next_values, gamma, gae_lambda)
-
-    has_ended = []
-    monkeypatch.setattr(ppo_lm, "generalized_advantages", recording)
-    original_has_ended = common.has_ended
-    monkeypatch.setattr(common, "has_ended", lambda r, e: has_ended.append(original_has_ended(r, e)) or has_ended[-1])
-    ppo_run(tmp_path, "--truncation", truncation, "--total-episodes", 64)
-    _, next_values = seen[-1]
-    assert has_ended[-1].any() and not has_ended[-1].all()
-    assert (next_values[has_ended[-1]] == 0).all()
-    assert (next_values[~has_ended[-1]] != 0).all() if truncation == "bootstrap" else (next_values == 0).all()
-
-
 def test_in_bfloat16_the_first_ratio_is_one_whatever_the_sizes_of_the_batches(tmp_path, model_folder):
     """Micro-batches larger than a minibatch, and minibatches that they do not divide: rows are scored beside the same
     rows as in the loss, for beside others they are rounded in another way."""

@@ -219,48 +219,6 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path):
         assert (gradient - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_main_takes_the_step_that_its_batch_implies(tmp_path, monkeypatch):
-    """The whole loop against its parts: the recorded gradient is that of responses and scores that the test chose.
-
-    Their texts are others, so it also fails if ids are decoded and encoded on their way to the loss.
-    """
-    chosen = torch.randint(0, 11, (32, 6), generator=torch.Generator().manual_seed(5))
-    mask = common.mask_through_first_end(chosen, [0])
-    seen = {}
-
-    def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, **settings):
-        if samples_per_prompt == 1:  # evaluation
-            return chosen[: len(prompts)], mask[: len(prompts)], torch.zeros(len(prompts), 6)
-        seen["policy"], seen["prompts"] = (
-            {n: p.detach().clone() for n, p in model.state_dict().items()},
-            prompts.clone(),
-        )
-        return chosen, mask, torch.zeros(32, 6)
-
-    def score(reward_fn, args, rows, responses):
-        return torch.arange(len(responses)).float() % 3
-
-    monkeypatch.setattr(common, "rollout", rollout)
-    monkeypatch.setattr(common, "score_responses", score)
-    monkeypatch.setattr(common, "decode", lambda tokenizer, responses, response_mask: ["12345"] * len(responses))
-    gradient = one_step_gradient(tmp_path, "--no-normalize-advantages", "--kl-coef", 0)
-    tokenizer = common.character_tokenizer("0123456789")
-    policy = common.load_policy("tiny", tokenizer, 11, seed=1)
-    policy.load_state_dict(seen["policy"])
-    loss = 0.0
-    scores = torch.arange(32).float() % 3
-    for i in range(32):
-        length = int(mask[i].sum())
-        text = torch.cat([seen["prompts"][i // 4], chosen[i, :length]])
-        logprobs = policy(text[None]).logits[0, 4:-1].log_softmax(-1)
-        others = [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
-        advantage = scores[i] - scores[others].mean()
-        loss = loss - advantage * logprobs.gather(1, chosen[i, :length, None]).sum() / 32
-    loss.backward()
-    expected = torch.cat([p.grad.flatten().double() for p in policy.parameters()])
-    assert (gradient - expected).norm() < 1e-4 * expected.norm()
-
-
 @pytest.mark.parametrize("score", [1.0, 0.7])
 @pytest.mark.parametrize("flags", [[], ["--normalize-advantages"], ["--baseline", "mean"]], ids=str)
 def test_equal_scores_and_no_kl_leave_the_weights_alone(score, flags, tmp_path):
