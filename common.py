@@ -128,7 +128,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 # Where a group of --help begins: the first field of Args in it -> its title.
 GROUPS = {"model": "model", "dataset": "data", "reward": "reward", "total_episodes": "batch", "output_dir": "run"}
 GROUPS |= {"kl_coef": "algorithm"}
-# What a resumed run may change: how long it is, what bounds memory, and where and when to write.
+# What a resumed run may change: its length, what bounds memory or sets speed, and how often to evaluate and save.
 CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
 CHANGEABLE |= {"activation_checkpointing", "compile", "cuda_graph", "total_episodes"}
 
@@ -552,8 +552,8 @@ def in_micro_batches(function, micro_batches, *tensors):
 
     Args:
         function: takes the rows of `tensors`, (b, ...) each, and returns a tensor (b, ...).
-        micro_batches: tensors of row indices, every row once. Which rows go together matters in bfloat16: a row's
-            result is rounded in another way beside other rows.
+        micro_batches: tensors of row indices, every row once. In bfloat16 the rounding error of a row depends on
+            the rows batched with it.
         tensors: (B, ...) each.
     Returns:
         (B, ...)

@@ -1,6 +1,6 @@
 """PPO for language models, in one file. Copy it with common.py into your project.
 
-    python ppo_lm.py                                            # laptop CPU, two minutes: learns to sort digits
+    python ppo_lm.py                                            # laptop CPU, 90 seconds: learns to sort digits
     python ppo_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function                   # a pretrained model
     torchrun --nproc-per-node 8 ppo_lm.py --model DIR ...                                         # on eight GPUs
 
@@ -13,7 +13,7 @@ earns one score, on its last token, less a penalty for leaving a frozen referenc
 
 PPO (Schulman et al. 2017) samples a batch with the policy pi_old and takes several gradient steps on it. A critic V
 predicts the return of a state. The advantage of a token says how much better it turned out than that: tokens with a
-positive advantage become more likely. It is computed by generalized advantage estimation (Schulman et al. 2016):
+positive advantage become more likely. Advantages come from generalized advantage estimation (Schulman et al. 2016):
 
     (3)  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                         TD error
     (4)  A_t     = sum_{l >= t} (gamma lambda)^(l-t) delta_l                               GAE, eq. 16 of that paper
@@ -23,17 +23,17 @@ V is 0 after an end token. A response that is cut at the length limit has not en
 limit counts as an end, which makes it part of the task; with bootstrap V of the state after the last token stands in
 for the tokens that never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient step raises one of
 
-    (6)  L = E_t[min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps_high) A_t)]               clipped surrogate, eq. 7
-    (7)  L = E_t[ratio_t A_t - c (ratio_t - 1 - log ratio_t)]                              penalized surrogate, eq. 8
+    (6)  L = E_t[min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps_high) A_t)]               clipped surrogate
+    (7)  L = E_t[ratio_t A_t - c (ratio_t - 1 - log ratio_t)]                              penalized surrogate
 
-to which --ent-coef adds E_t[entropy of pi(. | s_t)], eq. 9. (6) ends the gain where a ratio leaves its clip range. (7)
-penalizes KL(pi_old || pi). Tokens are samples of pi_old, under which E[ratio] = sum_a pi(a) = 1 whatever theta is, so
-that E[ratio - 1 - log ratio] = E[log pi_old - log pi]: the penalty has the value of that KL, and its gradient. The
-coefficient follows what the update before has caused (section 4 of the paper):
+(eq. 7 and 8 of the paper), to which --ent-coef adds E_t[entropy of pi(. | s_t)]. (6) removes the incentive to move a
+ratio beyond its clip range. (7) penalizes KL(pi_old || pi). Tokens are samples of pi_old, under which E[ratio] =
+sum_a pi(a) = 1 whatever theta is, so that E[ratio - 1 - log ratio] = E[log pi_old - log pi]: the penalty has the value
+of that KL, and its gradient. After each batch c is adapted to the KL that the update caused (section 4 of the paper):
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
-while the critic lowers the squared error, and is kept near the values V_old from before the update:
+The critic minimizes the squared error, with its values kept near V_old, those from before the update:
 
     (9)  L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
 
@@ -41,7 +41,7 @@ E_t is the mean over all response tokens of a minibatch, on all ranks. The criti
 policy's layers with a head of zeros, so that V is 0 at first. On a shared trunk its error, which is large while it has
 learned nothing, would move the policy, and the weight between the two losses would be one more thing to tune.
 
-Departures from the paper: AdamW with clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped
+Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped
 values (9), an optional stop by --target-kl, and in (7) a sampled KL in place of the exact one. Departures from
 reinforce_lm.py: a critic, and several steps per batch, which is why log pi_old has to be remembered; and, as most code
 does, E_t divides by the number of tokens, where (7) there divides by the number of responses. GAE leaves out the
@@ -81,7 +81,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and a captured graph of the pass of one token"""
+    """on CUDA, sample with a cache of fixed size and a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -129,18 +129,17 @@ class Args:
     kl_coef: NonNegative[float] = 0.05
     """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
     kl_target: NonNegative[float] = 0.0
-    """KL to the reference, in nats per response, that beta is adapted to; 0 keeps beta fixed"""
+    """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
     gamma: Fraction[float] = 1.0
     """discount per token"""
 
-    # Algorithm specific arguments
     # ===== Arguments (algorithm) =====
     learning_rate: Positive[float] = 3e-6
-    """learning rate of the policy's AdamW"""
+    """learning rate of the policy's Adam"""
     critic_learning_rate: Positive[float] = 1e-5
-    """learning rate of the critic's AdamW"""
+    """learning rate of the critic's Adam"""
     anneal_lr: bool = True
     """let both learning rates fall linearly to 0"""
     max_grad_norm: Positive[float] = 1.0
@@ -158,7 +157,7 @@ class Args:
     penalty_coef: Positive[float] = 1.0
     """c at the start, weight of the KL to the old policy, for --surrogate kl_penalty"""
     penalty_target: Positive[float] = 0.01
-    """KL to the old policy, in nats per token, that c is adapted to"""
+    """target for the KL to the old policy, in nats per token, for --surrogate kl_penalty"""
     target_kl: NonNegative[float] = 0.0
     """stop the epochs early when the KL to the old policy, in nats per token, exceeds this; 0 disables"""
     ent_coef: NonNegative[float] = 0.0
@@ -170,7 +169,7 @@ class Args:
     whiten_advantages: bool = True
     """shift and scale advantages to mean 0 and standard deviation 1 over the whole batch"""
     value_clip: NonNegative[float] = 0.0
-    """eps_V, clip range of the value, in units of the reward; 0 for no limit"""
+    """eps_V, clip range of the value, in units of the score; 0 for no limit"""
 
 
 # The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
@@ -280,6 +279,8 @@ def main(args, checkpoint=None):
     num_iterations = args.total_episodes // args.batch_size
     tokenizer, train_prompts, eval_prompts = common.load_prompts(args)
     reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
+    expected = f"a held-out prompt for each of the {world_size} ranks"
+    common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     context_length = max(map(len, train_prompts.ids + eval_prompts.ids)) + args.response_length
     policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code)
     end_ids = common.end_token_ids(tokenizer, policy)
@@ -369,7 +370,7 @@ def main(args, checkpoint=None):
             for epoch in range(args.update_epochs)
         ]
         # log pi_old comes from the loss's own function and from the micro-batches of its first pass, so that the first
-        # ratio is exactly 1, in bfloat16 too, where a row is rounded in another way beside other rows.
+        # ratio is exactly 1, in bfloat16 too, where the rounding error of a row depends on the rows batched with it.
         micro_batches = [inds for mb_inds in epochs[0] for inds in mb_inds.split(args.micro_batch_size)]
         logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R)
 
@@ -402,7 +403,7 @@ def main(args, checkpoint=None):
         returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
         variance = common.masked_variance(returns, response_mask)
         explained = 1 - common.masked_variance(advantages, response_mask) / variance
-        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # all returns are equal
+        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
         metrics["value/mean"] = common.masked_mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
@@ -440,9 +441,10 @@ def main(args, checkpoint=None):
                 break
             step["policy/grad_norm"] = common.sum_and_clip_gradients(policy, args.max_grad_norm)
             common.sum_and_clip_gradients(critic, args.max_grad_norm)
-            for network_optimizer in (critic_optimizer, optimizer):
-                network_optimizer.step()
-                network_optimizer.zero_grad()
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             steps.append(step)
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         new_logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R), after the update

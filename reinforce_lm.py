@@ -22,9 +22,9 @@ REINFORCE (Williams 1992) climbs the expected discounted return by sampling its 
 (4) is Sutton et al. 2000. The advantage says how much better a response turned out than expected: its tokens become
 more likely if it is positive, less likely if it is negative. Probabilities sum to 1 whatever theta is, so that
 E[grad log pi] = sum_a pi(a) grad pi(a) / pi(a) = grad sum_a pi(a) = 0: a baseline b that does not depend on the action
-lowers the variance and leaves the expectation alone, and that r_t itself depends on theta adds nothing. (7) is a mean
-over the B responses of a batch and a sum over the tokens of each; divided by the length, which is random, it would be
-the gradient of something else. With G_i1 the return of the whole response i, the baselines are:
+leaves the expectation unchanged and can lower the variance. For the same reason the dependence of r_t on theta adds
+nothing. (7) is a mean over the B responses of a batch and a sum over the tokens of each; divided by the length, which
+is random, it would be the gradient of something else. With G_i1 the return of the whole response i, the baselines are:
 
     (8)   none           b_i = 0
     (9)   mean           b_i = mean of G_j1 over the batch; i itself is in it, so the expectation is (1 - 1/B) grad J
@@ -32,7 +32,7 @@ the gradient of something else. With G_i1 the return of the whole response i, th
     (11)  leave_one_out  b_i = mean of G_j1 over the other responses j to i's prompt (Kool et al. 2019)
     (12)  greedy         b_i = score of the greedy response to i's prompt (self-critical training, Rennie et al. 2017)
 
-For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: AdamW with clipped gradients takes
+For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients takes
 the place of plain gradient ascent, and advantages may be divided by their standard deviation over the batch, which
 changes the norm of g but not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no
 critic, and gamma^(t-1) stays in (4), where most code drops it.
@@ -70,7 +70,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and a captured graph of the pass of one token"""
+    """on CUDA, sample with a cache of fixed size and a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -118,16 +118,15 @@ class Args:
     kl_coef: NonNegative[float] = 0.05
     """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
     kl_target: NonNegative[float] = 0.0
-    """KL to the reference, in nats per response, that beta is adapted to; 0 keeps beta fixed"""
+    """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
     gamma: Fraction[float] = 1.0
     """discount per token"""
 
-    # Algorithm specific arguments
     # ===== Arguments (algorithm) =====
     learning_rate: Positive[float] = 5e-6
-    """learning rate of AdamW"""
+    """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     max_grad_norm: Positive[float] = 1.0
@@ -215,6 +214,8 @@ def main(args, checkpoint=None):
     num_iterations = args.total_episodes // args.batch_size
     tokenizer, train_prompts, eval_prompts = common.load_prompts(args)
     reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
+    expected = f"a held-out prompt for each of the {world_size} ranks"
+    common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     context_length = max(map(len, train_prompts.ids + eval_prompts.ids)) + args.response_length
     policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code)
     end_ids = common.end_token_ids(tokenizer, policy)
@@ -225,8 +226,8 @@ def main(args, checkpoint=None):
         reference = common.prepare(copy.deepcopy(policy).requires_grad_(False), device, args)
 
     # ===== Optimizer (algorithm) =====
-    is_alone = args.baseline == "leave_one_out" and args.samples_per_prompt == 1
-    common.require(not is_alone, "--samples-per-prompt", "at least 2 for --baseline leave_one_out", 1)
+    is_single_sample = args.baseline == "leave_one_out" and args.samples_per_prompt == 1
+    common.require(not is_single_sample, "--samples-per-prompt", "at least 2 for --baseline leave_one_out", 1)
     policy = common.prepare(policy, device, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     trained = {"policy": policy, "optimizer": optimizer}  # what a checkpoint holds

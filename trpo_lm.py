@@ -40,7 +40,7 @@ differentiation, then one backward pass with (diag p_t - p_t p_t') J_t v. The mo
 
     (11) the first of s, c s, c^2 s, ... with exact KL <= delta and gain >= a * predicted gain is taken,
 
-where the gain is L(theta) - L(theta_old) and the prediction g's; if there is none, theta_old is put back bit for bit.
+where the gain is L(theta) - L(theta_old), predicted to be g^T s; if there is none, theta_old is put back bit for bit.
 The critic lowers its squared error by gradient steps, and is kept near the values V_old from before the update:
 
     (12) L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
@@ -53,8 +53,8 @@ fraction of the batch in the products of (9), with x'Fx in (10) from the whole b
 delta that falls to 0 over the run, since steps of a fixed size would never settle.
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
 per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 whatever --dtype says,
-since bfloat16 blurs the KL by as much as a trust region. E_t divides by the number of tokens, where reinforce_lm.py
-divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
+since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of tokens, where
+reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
 D number of parameters; vectors of all parameters are flat. common.py begins with a drawing of how prompts, responses,
@@ -90,7 +90,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and a captured graph of the pass of one token"""
+    """on CUDA, sample with a cache of fixed size and a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -138,13 +138,12 @@ class Args:
     kl_coef: NonNegative[float] = 0.05
     """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
     kl_target: NonNegative[float] = 0.0
-    """KL to the reference, in nats per response, that beta is adapted to; 0 keeps beta fixed"""
+    """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
     gamma: Fraction[float] = 1.0
     """discount per token"""
 
-    # Algorithm specific arguments
     # ===== Arguments (algorithm) =====
     max_kl: Positive[float] = 0.005
     """delta, the size of the trust region in nats per token"""
@@ -165,7 +164,7 @@ class Args:
     accept_ratio: Fraction[float] = 0.1
     """a, fraction of the predicted gain that a step has to reach"""
     critic_learning_rate: Positive[float] = 1e-5
-    """learning rate of the critic's AdamW"""
+    """learning rate of the critic's Adam"""
     anneal_lr: bool = True
     """let the critic's learning rate fall linearly to 0"""
     max_grad_norm: Positive[float] = 1.0
@@ -181,7 +180,7 @@ class Args:
     whiten_advantages: bool = True
     """shift and scale advantages to mean 0 and standard deviation 1 over the whole batch"""
     value_clip: NonNegative[float] = 0.0
-    """eps_V, clip range of the value, in units of the reward; 0 for no limit"""
+    """eps_V, clip range of the value, in units of the score; 0 for no limit"""
 
 
 # The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
@@ -464,6 +463,8 @@ def main(args, checkpoint=None):
     num_iterations = args.total_episodes // args.batch_size
     tokenizer, train_prompts, eval_prompts = common.load_prompts(args)
     reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
+    expected = f"a held-out prompt for each of the {world_size} ranks"
+    common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     context_length = max(map(len, train_prompts.ids + eval_prompts.ids)) + args.response_length
     policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code)
     end_ids = common.end_token_ids(tokenizer, policy)
@@ -581,7 +582,7 @@ def main(args, checkpoint=None):
         returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
         variance = common.masked_variance(returns, response_mask)
         explained = 1 - common.masked_variance(advantages, response_mask) / variance
-        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # all returns are equal
+        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
         metrics["value/mean"] = common.masked_mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
