@@ -964,9 +964,8 @@ def load_reward(args, device, rows):
     name, (path, _, function) = args.reward, args.reward.rpartition(":")
     if name in REWARDS:
         reward_fn = REWARDS[name]
-        for row in rows:
-            is_text = isinstance(row.get("reference"), (str, int, float))
-            require(is_text, f"--reward {name} ({shorten(row['prompt'])})", "a text reference", row.get("reference"))
+        for row in (row for row in rows if not isinstance(row.get("reference"), (str, int, float))):
+            require(False, f"--reward {name} ({shorten(row['prompt'])})", "a text reference", row.get("reference"))
     elif name.startswith("model:"):
         settings = args.reward_logit, args.micro_batch_size, device, args.trust_remote_code
         reward_fn = RewardModel(name.removeprefix("model:"), *settings)
@@ -1005,8 +1004,9 @@ def score_responses(reward_fn, args, rows, responses):
     require(is_list, f"--reward {args.reward}", f"a list of {len(responses)} scores", scores)
     for score, row, response in zip(scores, rows, responses):
         is_number = isinstance(score, numbers.Real) and abs(score) <= torch.finfo(torch.float32).max
-        where = f"--reward {args.reward}, prompt {shorten(row['prompt'])}, response {shorten(response)}"
-        require(is_number, where, "a finite number", score)
+        if not is_number:
+            where = f"--reward {args.reward}, prompt {shorten(row['prompt'])}, response {shorten(response)}"
+            require(False, where, "a finite number", score)
     scores = torch.tensor([float(score) for score in scores])
     return scores.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else scores
 
