@@ -1,7 +1,7 @@
 """Tokenization, prompts, rollout, scoring and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
-Nothing here knows an algorithm. Functions take explicit arguments and do not write to the tensors they are given, but
-for those whose names say so (`copy_weights`, `add_sums`, `sum_and_clip_gradients`). `args` are the flags of a script.
+Nothing here knows an algorithm. Functions do not write to the tensors they are given, but for those whose names say so
+(`copy_weights`, `add_sums`, `sum_and_clip_gradients`). `args` are the flags of a script.
 Shapes: N prompts, B responses of a batch on this rank, b of a micro-batch, P prompt length, R response length,
 V vocabulary.
 
@@ -47,25 +47,17 @@ from typing import Annotated, TypeVar, get_type_hints
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
+import transformers
 import tyro
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    PreTrainedTokenizerFast,
-)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 # ===== Errors: a mistake of the user is one line on standard error and exit code 2 =====
 
@@ -77,8 +69,7 @@ class InputError(Exception):
 def require(condition, name, expected, found):
     """Raise `InputError` unless `condition` holds."""
     if not condition:
-        found = repr(found)
-        raise InputError(f"{name}: expected {expected}, found {found if len(found) < 300 else found[:300] + ' ...'}")
+        raise InputError(f"{name}: expected {expected}, found {shorten(found, 300)}")
 
 
 @contextlib.contextmanager
@@ -101,10 +92,9 @@ def one_line_errors():
     except (InputError, OSError) as error:
         line, code = f"error: {error}", 2
     except KeyboardInterrupt as error:
-        variables = {}
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            variables |= frame.f_locals  # main's run_dir
-        line, code = f"stopped; --resume {variables.get('run_dir', 'RUN_DIR')} goes on from the last checkpoint", 130
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        run_dir = next((names["run_dir"] for names in frames if "run_dir" in names), "RUN_DIR")  # of main
+        line, code = f"stopped; --resume {run_dir} goes on from the last checkpoint", 130
     else:
         return
     show(" ".join(line.split()), sys.stderr)
@@ -115,6 +105,13 @@ def show(line, file=None, end="\n"):
     """Print a line over the line of progress, if there is one: `end=""` makes a line that the next one overwrites."""
     on_terminal = sys.stderr.isatty()
     print(("\r\033[K" if on_terminal else "") + line, file=file, end=end if on_terminal else "\n", flush=True)
+
+
+def shorten(value, length=60):
+    """`repr` of a value, or of a chat's last message, in at most `length` characters."""
+    is_chat = isinstance(value, list) and value and isinstance(value[-1], dict)
+    text = repr(value[-1].get("content") if is_chat else value)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 # ===== Flags =====
@@ -153,14 +150,10 @@ def parse(args_class, argv, defaults, description):
 
 
 def parse_flags(args_class, tiny, argv=None):
-    """Parse the command line of a script.
+    """Parse the command line of a script: -> args, and the checkpoint of --resume or None.
 
     The defaults are those of the dataclass `args_class`, with `--model tiny` those of the dictionary `tiny`, and with
     `--resume RUN_DIR` those of that run, so that nothing has to be repeated.
-
-    Returns:
-        args: an instance of `args_class`.
-        checkpoint: what `save_checkpoint` wrote last into RUN_DIR, or None without `--resume`.
     """
     script = (sys.modules[args_class.__module__].__doc__ or "").partition("\n")[0]
     listed = ", ".join(f"{flag(name)} {value}" for name, value in tiny.items())
@@ -170,9 +163,8 @@ def parse_flags(args_class, tiny, argv=None):
     if args.resume:
         checkpoint = load_checkpoint(args.resume)
         known = {f.name for f in fields(args_class)}
-        defaults = args_class(**{name: value for name, value in checkpoint["args"].items() if name in known})
-        args = parse(args_class, argv, defaults, description)
-    elif args.model == "tiny":
+        tiny = {name: value for name, value in checkpoint["args"].items() if name in known}
+    if args.resume or args.model == "tiny":
         args = parse(args_class, argv, args_class(**tiny), description)
     return args, checkpoint
 
@@ -210,9 +202,9 @@ def check_flags(args, script, world_size, checkpoint):
 
 
 def start_ranks(device):
-    """Join torchrun's process group, if there is one: -> rank, world_size and the torch.device of this rank.
+    """Join torchrun's process group, if there is one: "auto", "cpu" or "cuda" -> rank, world_size, this rank's device.
 
-    device: "auto", "cpu" or "cuda"; raises `InputError` if a CUDA device is asked for where there is none.
+    Raises `InputError` if a CUDA device is asked for where there is none.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(device != "cuda" or gpus, "--device", "a CUDA device on this machine (or --device cpu)", "none")
@@ -238,10 +230,7 @@ def make_generator(device, *key):
 
 
 def prompt_indices(num_prompts, start, count, seed):
-    """Indices at positions start ... start + count - 1 of an endless stream of shuffled epochs, as a list of integers.
-
-    Each epoch of `num_prompts` positions holds every index below `num_prompts` once.
-    """
+    """A list: positions start ... start + count - 1 of an endless stream of shuffled epochs over range(num_prompts)."""
     epochs = range(start // num_prompts, (start + count - 1) // num_prompts + 1)
     stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in epochs])
     return stream[start % num_prompts :][:count].tolist()
@@ -254,10 +243,9 @@ def shuffled_minibatches(batch_size, num_minibatches, device, *key):
 
 def all_reduce(tensor):
     """Return the sum of `tensor` over all ranks; with one rank, `tensor` itself."""
-    if not dist.is_initialized():
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -270,20 +258,20 @@ def masked_mean(values, mask):
     return (total / count).to(values.dtype)
 
 
-def masked_variance(values, mask):
-    """Population variance of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
-    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
-
-
 def mean(values):
     """Mean of `values` over all ranks."""
     return masked_mean(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def whiten(values, mask, shift_mean=True):
-    """Divide `values` by their standard deviation over the True entries of `mask`, on all ranks, and mask the result.
+def masked_variance(values, mask):
+    """Population variance of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
-    The mean is subtracted first unless `shift_mean` is False.
+
+def whiten(values, mask, shift_mean=True):
+    """Subtract the mean, unless `shift_mean` is False, divide by the standard deviation, and mask the result.
+
+    Both are taken over the True entries of `mask` on all ranks.
     """
     shift = masked_mean(values, mask) if shift_mean else 0.0
     return ((values - shift) / (masked_variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
@@ -326,8 +314,7 @@ def start_run(script, args, episode):
     parts = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
     run_dir = args.resume or str(Path(args.output_dir, f"{'__'.join(map(str, parts))}-{os.getpid()}"))
     writer = SummaryWriter(run_dir, purge_step=episode + 1 if args.resume else None)
-    with blame(f"--output-dir {run_dir}"):
-        Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     for summary in hparams(asdict(args), {"eval/score": 0}):  # TensorBoard's HPARAMS tab
         writer.file_writer.add_summary(summary)
     return run_dir, writer
@@ -367,38 +354,38 @@ def load_checkpoint(run_dir):
 def character_tokenizer(characters):
     """A tokenizer with one token per character, and `<end>` as end and padding token. Unknown characters raise."""
     vocabulary = {token: index for index, token in enumerate(["<end>", *sorted(set(characters))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def load_tokenizer(model, rows, trust_remote_code=False):
     """The tokenizer of a checkpoint, or for `model == "tiny"` one of the characters that occur in `rows`."""
     if model == "tiny":
-        texts = [row[column] for row in rows for column in ("prompt", "reference") if column in row]
-        return character_tokenizer({character for text in texts for character in str(text)})
+        texts = [str(row[column]) for row in rows for column in ("prompt", "reference") if column in row]
+        return character_tokenizer("".join(texts))
     with blame(f"--model: expected `tiny` or a checkpoint with a tokenizer, found {model!r}"):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
 def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False):
     """A causal language model in float32 on the CPU, in evaluation mode, with every dropout at 0.
 
     Args:
-        model: folder or hub name of a checkpoint, or "tiny" for a GPT-2 of about 100k random parameters.
+        model: folder or hub name of a checkpoint, or "tiny" for a GPT-2 of about 100k random parameters from `seed`.
         context_length: P + R, the number of positions that the model has to have.
-        seed: of the random weights of "tiny".
     Raises:
         InputError: if there is no such checkpoint, or its context is too short.
     """
     if model == "tiny":
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
         size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
-        config = GPT2Config(**size, **ids, activation_function="gelu_pytorch_tanh")  # the default's is several kernels
+        # The activation of GPT-2's own default is several kernels.
+        config = transformers.GPT2Config(**size, **ids, activation_function="gelu_pytorch_tanh")
     else:
         with blame(f"--model: expected `tiny` or a checkpoint, found {model!r}"):
-            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     # With dropout the loss would score another policy than the one that sampled, and PPO's ratio would not start at 1.
     text_config = config.get_text_config()
     for name, value in vars(text_config).items():
@@ -407,13 +394,11 @@ def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False)
     positions = getattr(text_config, "max_position_embeddings", None) or math.inf
     expected = f"prompt and response to fit the {positions} positions of {model}"
     require(context_length <= positions, "--response-length", expected, f"{context_length} with the longest prompt")
+    settings = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     with torch.random.fork_rng(devices=[]), blame(f"--model: expected a causal language model in {model!r}"):
-        if model == "tiny":
-            torch.manual_seed(seed)
-            policy = AutoModelForCausalLM.from_config(config)
-        else:
-            settings = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-            policy = AutoModelForCausalLM.from_pretrained(model, **settings)
+        torch.manual_seed(seed)
+        auto_class = transformers.AutoModelForCausalLM
+        policy = auto_class.from_config(config) if model == "tiny" else auto_class.from_pretrained(model, **settings)
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # it would stop the gradient of the padding id, which may be an end token
@@ -449,10 +434,10 @@ def checkpoint_activations(network):
 
 def bfloat16_copy(model):
     """A copy of `model` with bfloat16 parameters, for sampling; buffers (rotary frequencies) keep their precision."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    return model.requires_grad_(False)
+    return model
 
 
 @torch.no_grad()
@@ -464,7 +449,7 @@ def copy_weights(source, target):
 
 def save_model(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails."""
-    transformers_logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     with blame(f"writing {folder}"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -487,11 +472,6 @@ def position_ids(attention_mask):
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def full_precision(logits):
-    """bfloat16 -> float32; anything else stays as it is."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-
 def response_logits(model, sequences, attention_mask, args):
     """Logits of the responses, divided by the sampling temperature.
 
@@ -509,6 +489,11 @@ def response_logits(model, sequences, attention_mask, args):
             use_cache=False,
         ).logits
     return logits if args.temperature == 1 else full_precision(logits) / args.temperature
+
+
+def full_precision(logits):
+    """bfloat16 -> float32; anything else stays as it is."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def token_statistics(logits, tokens):
@@ -534,7 +519,7 @@ def token_statistics(logits, tokens):
 def policy_logprobs(model, sequences, attention_mask, args):
     """Log-probability of each response token and entropy of its distribution, at the sampling temperature.
 
-    The one way to a log-probability: of the policy in the loss, and, by `in_micro_batches`, of the old policy and the
+    The one way to a log-probability: of the policy in the loss, and, by `batched_logprobs`, of the old policy and the
     reference. So the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
 
     Args:
@@ -564,11 +549,9 @@ def in_micro_batches(function, micro_batches, *tensors):
 
 def batched_logprobs(model, sequences, attention_mask, micro_batches, args):
     """Log-probabilities of a whole batch by `policy_logprobs`, without gradient, in micro-batches: -> (B, R)."""
-
-    def logprobs(*rows):
-        return policy_logprobs(model, *rows, args)[0]
-
-    return in_micro_batches(logprobs, micro_batches, sequences, attention_mask)
+    return in_micro_batches(
+        lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, sequences, attention_mask
+    )
 
 
 # ===== Prompts =====
@@ -600,25 +583,20 @@ NUM_SORT_PROMPTS = 2**15
 def load_rows(dataset, name, prompt_column="prompt", reference_column="reference"):
     """Read a data set: "sort", a file of JSON lines, or a hub name NAME[@CONFIG][:SPLIT] (with the package `datasets`).
 
-    Args:
-        name: the flag that names it, for messages.
-    Returns:
-        Dictionaries whose prompt is called `prompt` and whose reference, if there is one, `reference`.
-    Raises:
-        InputError: if it cannot be read, has no rows, or a row has no prompt or not the columns of the first row.
+    Returns dictionaries whose prompt is called `prompt` and whose reference, if there is one, `reference`. Raises
+    `InputError`, naming the flag `name` and the row, if a row has no prompt or not the columns of the first.
     """
     if dataset == "sort":  # five digits; the reference is the same digits in order
         digits = np.random.default_rng(0).permutation(100_000)[:NUM_SORT_PROMPTS]
         rows = [{"prompt": f"{i:05d}", "reference": "".join(sorted(f"{i:05d}"))} for i in digits]
     elif dataset.endswith((".jsonl", ".json")) or os.path.exists(dataset):
         with blame(f"{name}: could not read {dataset}"):
-            text = Path(dataset).read_text(encoding="utf-8-sig").rstrip("\n")
-        rows = []
-        for number, line in enumerate(text.split("\n") if text else [], 1):  # JSON may hold other line separators
+            lines = Path(dataset).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        rows = []  # JSON may hold other line separators
+        for number, line in enumerate(lines, 1):
             with blame(f"{name} {dataset} row {number}: expected a JSON object, found {line[:40]!r}"):
-                rows.append(json.loads(line))
+                rows.append({**json.loads(line)})
                 json.dumps(rows[-1], ensure_ascii=False).encode()  # half an emoji, as \ud83d, is no text
-                require(isinstance(rows[-1], dict), f"{name} {dataset} row {number}", "a JSON object", rows[-1])
     else:
         path, _, split = dataset.partition(":")
         path, _, config = path.partition("@")
@@ -632,11 +610,10 @@ def load_rows(dataset, name, prompt_column="prompt", reference_column="reference
         where = f"{name} {dataset} row {number} (--prompt-column, --reference-column)"
         require(set(row) == columns, where, f"the columns {sorted(columns)}", sorted(row))
         prompt, chosen = row.pop(prompt_column), {"reference": row.pop(reference_column, None)}
-        is_chat = isinstance(prompt, list) and all(
-            isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-        )
+        messages = prompt if isinstance(prompt, list) else []
+        is_chat = all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
         expected = "text or a list of messages with role and content, not empty"
-        require(prompt and (isinstance(prompt, str) or is_chat), where, expected, prompt)
+        require(prompt and is_chat and isinstance(prompt, (str, list)), where, expected, prompt)
         row |= {"prompt": prompt} | (chosen if reference_column in columns else {})
     return rows
 
@@ -647,21 +624,20 @@ def encode_prompts(tokenizer, rows, prompt_length):
     Raises `InputError`, naming the first row whose prompt has no token or more than `prompt_length`.
     """
     texts = [row["prompt"] for row in rows]
-    all_text = all(isinstance(text, str) for text in texts)
-    require(all_text or tokenizer.chat_template, "--model", "a chat template, since prompts are messages", None)
-    encoded = tokenizer(texts).input_ids if all_text else [None] * len(texts)  # together is faster
+    kinds = {type(text) for text in texts}
+    require(len(kinds) == 1, "prompts", "texts, or lists of messages, and not both", kinds)
+    require(kinds == {str} or tokenizer.chat_template, "--model", "a chat template, since prompts are messages", None)
+    ids = tokenizer(texts).input_ids if kinds == {str} else [None] * len(texts)
     for number, text in enumerate(texts):
         where = f"row {number + 1} ({shorten(text)})"
-        if isinstance(text, list):
+        if kinds == {list}:
             with blame(f"{where}: expected messages for the chat template"):  # a role that it does not take, say
-                encoded[number] = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
-        else:
-            tokens = encoded[number] or tokenizer(text).input_ids
-            is_added = tokens[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
-            encoded[number] = tokens[:-1] if is_added else tokens  # a response could not follow an end token
-        found = len(encoded[number])
+                ids[number] = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
+        elif ids[number][-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+            ids[number] = ids[number][:-1]  # it was added, and a response could not follow an end token
+        found = len(ids[number])
         require(0 < found <= prompt_length, f"--prompt-length, {where}", f"1 to {prompt_length} tokens", found)
-    return Prompts(rows, encoded)
+    return Prompts(rows, ids)
 
 
 def split_prompts(prompts, eval_size):
@@ -705,19 +681,7 @@ def has_ended(responses, end_ids):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # each length would be compiled anew
-def rollout(
-    model,
-    prompts,
-    prompt_mask,
-    response_length,
-    end_ids,
-    samples_per_prompt=1,
-    temperature=1.0,
-    generator=None,
-    rollout_batch_size=2**20,
-    greedy=False,
-    cuda_graph=True,
-):
+def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
     """Sample responses token by token.
 
     Tokens come from softmax(logits / temperature) and nothing else: no top-k, top-p or repetition penalty, whatever the
@@ -726,28 +690,26 @@ def rollout(
     Args:
         prompts, prompt_mask: (N, P) left-padded ids and where they are real; a prompt is run once for all its samples.
         end_ids: ids that end a response; the end token belongs to the response.
-        rollout_batch_size: responses sampled at once, at least those of one prompt. Bounds memory.
         greedy: take the most likely token instead of sampling.
-        cuda_graph: on CUDA, whether to use `Decoder`'s cache of fixed size and its graph.
     Returns:
         responses, response_mask, logprobs: (N * samples_per_prompt, R) each, samples of one prompt next to each other:
             ids, True up to and including the first end token, and the sampler's log-probabilities; 0 after the end.
     Raises:
         InputError: if logits are not finite.
     """
-    prompts_at_once = max(1, rollout_batch_size // samples_per_prompt)
-    end_tensor = torch.tensor(end_ids, device=prompts.device)
-    on_cuda = prompts.device.type == "cuda"
+    prompts_at_once = max(1, args.rollout_batch_size // samples_per_prompt)
+    end_tensor, on_cuda = torch.tensor(end_ids, device=prompts.device), prompts.device.type == "cuda"
     chunks = []
     for chunk, chunk_mask in zip(prompts.split(prompts_at_once), prompt_mask.split(prompts_at_once)):
-        decoder = Decoder(model, chunk, chunk_mask, samples_per_prompt, response_length, on_cuda and cuda_graph)
-        batch_size = len(chunk) * samples_per_prompt
-        responses = torch.full((batch_size, response_length), PAD_ID, device=chunk.device)  # (b, R)
-        logprobs = torch.zeros((batch_size, response_length), device=chunk.device)  # (b, R)
-        rows = torch.arange(batch_size, device=chunk.device)  # (b,), those that have not ended
-        ended = torch.zeros(batch_size, dtype=torch.bool, device=chunk.device)  # (b,)
-        for t in range(response_length):
-            step_logprobs = (decoder.logits.float() / temperature).log_softmax(-1)  # (b, V)
+        fixed_size = on_cuda and args.cuda_graph
+        decoder = Decoder(model, chunk, chunk_mask, samples_per_prompt, args.response_length, fixed_size)
+        size = len(chunk) * samples_per_prompt, args.response_length
+        responses = torch.full(size, PAD_ID, device=chunk.device)  # (b, R)
+        logprobs = torch.zeros(size, device=chunk.device)  # (b, R)
+        rows = torch.arange(len(responses), device=chunk.device)  # (b,), those that have not ended
+        ended = torch.zeros_like(rows, dtype=torch.bool)  # (b,)
+        for t in range(args.response_length):
+            step_logprobs = (decoder.logits.float() / args.temperature).log_softmax(-1)  # (b, V)
             if greedy:
                 tokens = step_logprobs.argmax(-1, keepdim=True)  # (b, 1)
             else:  # exponential race (the Gumbel-max trick): argmax p_i / q_i is i with probability p_i
@@ -756,7 +718,7 @@ def rollout(
             responses[rows, t] = tokens[:, 0]
             logprobs[rows, t] = step_logprobs.gather(1, tokens)[:, 0]
             ended |= torch.isin(tokens[:, 0], end_tensor)
-            if t + 1 == response_length:
+            if t + 1 == args.response_length:
                 break
             if not on_cuda or t % 16 == 15:  # counting the rows that go on waits for the GPU
                 going_on = (~ended).nonzero()[:, 0]  # (b,)
@@ -788,15 +750,12 @@ class Decoder:
         `InputError` if the model has another kind of cache, or none.
         """
         room = torch.ones((len(prompts), response_length), dtype=torch.bool, device=prompts.device)
-        self.model, self.length = model, prompts.shape[1]
         self.attention_mask = torch.cat([prompt_mask, room], 1).long()  # (n, P+R)
-        self.cache = (
-            StaticCache(config=model.config, max_cache_len=self.length + response_length) if fixed_size else None
-        )
+        self.model, self.length, self.graph = model, prompts.shape[1], None
+        cache = StaticCache(model.config, self.length + response_length) if fixed_size else None
         # Sliding windows count positions outside of tensors, where a captured graph would not see them move.
-        self.fixed_size = fixed_size and all(type(layer) is StaticLayer for layer in self.cache.layers)
-        self.cache = self.cache if self.fixed_size else None
-        self.captures, self.graph = self.fixed_size and prompts.device.type == "cuda", None
+        self.fixed_size = fixed_size and all(type(layer) is StaticLayer for layer in cache.layers)
+        self.cache = cache if self.fixed_size else None
         self.tokens, self.positions = prompts, position_ids(prompt_mask)  # (n, P), (n, P)
         self.logits = self.forward()  # (n, V)
         self.tokens, self.positions = prompts[:, -1:].clone(), self.positions[:, -1:]  # (n, 1), (n, 1)
@@ -815,12 +774,11 @@ class Decoder:
         self.tokens.copy_(tokens)
         self.positions += 1
         self.length += 1
-        if not self.captures:
+        if self.fixed_size and tokens.device.type == "cuda":
+            self.graph = self.graph or self.capture()
+            self.graph.replay()  # writes to self.logits
+        else:
             self.logits = self.forward()
-            return
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()  # writes to self.logits
 
     def forward(self):
         """A pass over `self.tokens`, which on CUDA, like the other tensors, keeps its place in memory."""
@@ -850,16 +808,16 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(stream)
             for layer, length in zip(self.cache.layers, lengths):
                 layer.cumulative_length.copy_(length)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 self.logits = self.forward()
+        return graph
 
 
 def decode(tokenizer, responses, response_mask):
     """Texts of (B, R) responses without special tokens: for the reward and the reader, never to be encoded again."""
-    rows = zip(responses.tolist(), response_mask.tolist())
-    tokens = [list(itertools.compress(row, mask)) for row, mask in rows]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    pairs = zip(responses.tolist(), response_mask.tolist())
+    return tokenizer.batch_decode([list(itertools.compress(*pair)) for pair in pairs], skip_special_tokens=True)
 
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
@@ -903,19 +861,18 @@ class RewardModel:
     """
 
     def __init__(self, name, logit=-1, batch_size=64, device="cpu", trust_remote_code=False):
-        """Load the checkpoint `name`, in bfloat16 on CUDA, in float32 elsewhere.
+        """Load the checkpoint `name`, in bfloat16 on CUDA, in float32 elsewhere. batch_size: texts at once.
 
-        Raises `InputError` if it cannot be loaded whole, or has no such `logit`. batch_size: texts at once.
+        Raises `InputError` if it cannot be loaded whole, or has no such `logit`.
         """
-        settings = dict(trust_remote_code=trust_remote_code)
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        settings = dict(dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         with blame(f"--reward: expected a sequence classifier in {name!r}"):
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **settings)
-            load, settings = AutoModelForSequenceClassification.from_pretrained, settings | {"dtype": dtype}
-            self.model, loading = load(name, output_loading_info=True, **settings)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            self.model, keys = load(name, output_loading_info=True, trust_remote_code=trust_remote_code, **settings)
         # A head with random weights, or one that lost its bias, still returns numbers.
-        of_head = [key for key in loading["unexpected_keys"] if not key.startswith(self.model.base_model_prefix + ".")]
-        wrong = sorted(loading["missing_keys"]) + of_head
+        of_head = [key for key in keys["unexpected_keys"] if not key.startswith(self.model.base_model_prefix + ".")]
+        wrong = sorted(keys["missing_keys"]) + of_head
         require(not wrong, "--reward", f"a sequence classifier in {name!r} with the weights of its class", wrong)
         labels = self.model.config.num_labels
         require(-labels <= logit < labels, "--reward-logit", f"one of the {labels} logits of {name}", logit)
@@ -932,45 +889,40 @@ class RewardModel:
         self.max_length = min(positions, self.tokenizer.model_max_length)
         self.logit, self.batch_size, self.device = logit, batch_size, device
 
-    def text(self, prompt, response):
-        """What the classifier reads."""
-        if isinstance(prompt, str):
-            return prompt + response
-        messages = [*prompt, {"role": "assistant", "content": response}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
-
     @torch.no_grad()
     def __call__(self, prompts, responses, **columns):
         """Texts -> (B,) float32 scores."""
+        template, is_text = self.tokenizer.apply_chat_template, isinstance(prompts[0], str)
         scores = []
         for start in range(0, len(responses), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            texts = [self.text(*pair) for pair in zip(prompts[batch], responses[batch])]
-            is_text = isinstance(prompts[start], str)  # a chat template has written the special tokens already
-            cut = dict(truncation=True, max_length=self.max_length)
-            inputs = self.tokenizer(texts, padding=True, add_special_tokens=is_text, return_tensors="pt", **cut)
-            scores.append(self.model(**inputs.to(self.device)).logits[:, self.logit].float())
+            pairs = list(zip(prompts, responses))[start : start + self.batch_size]
+            if is_text:
+                texts = [prompt + response for prompt, response in pairs]
+            else:
+                chats = [[*prompt, {"role": "assistant", "content": response}] for prompt, response in pairs]
+                texts = [template(chat, tokenize=False) for chat in chats]
+            settings = dict(truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+            settings |= dict(add_special_tokens=is_text)  # a chat template has written them already
+            inputs = self.tokenizer(texts, **settings).to(self.device)
+            scores.append(self.model(**inputs).logits[:, self.logit].float())
         return torch.cat(scores).cpu()
 
 
 def load_reward(args, device, rows):
     """The reward function of --reward: one of `REWARDS`, model:NAME_OR_FOLDER, or FILE.py:function.
 
-    It is tried on the first of `rows`, with an empty response.
-
-    Raises:
-        InputError: if there is no such function, or the trial fails.
+    It is tried on the first of `rows`, with an empty response. Raises `InputError` if there is no such function, or
+    the trial fails.
     """
     name, (path, _, function) = args.reward, args.reward.rpartition(":")
     if name in REWARDS:
         reward_fn = REWARDS[name]
-        for row in (row for row in rows if not isinstance(row.get("reference"), (str, int, float))):
-            require(False, f"--reward {name} ({shorten(row['prompt'])})", "a text reference", row.get("reference"))
+        for row in rows:
+            if not isinstance(row.get("reference"), (str, int, float)):
+                require(False, f"--reward {name} ({shorten(row['prompt'])})", "a text reference", row.get("reference"))
     elif name.startswith("model:"):
         settings = args.reward_logit, args.micro_batch_size, device, args.trust_remote_code
         reward_fn = RewardModel(name.removeprefix("model:"), *settings)
-        kinds = {type(row["prompt"]) for row in rows}
-        require(len(kinds) == 1, f"--reward {name}", "prompts that are all text or all lists of messages", "both")
     else:
         expected = f"one of {', '.join(REWARDS)}, model:NAME or an existing FILE.py with :function"
         require(path.endswith(".py") and os.path.isfile(path), "--reward", expected, name)
@@ -1003,8 +955,7 @@ def score_responses(reward_fn, args, rows, responses):
     is_list = isinstance(scores, (list, tuple)) and len(scores) == len(responses)
     require(is_list, f"--reward {args.reward}", f"a list of {len(responses)} scores", scores)
     for score, row, response in zip(scores, rows, responses):
-        is_number = isinstance(score, numbers.Real) and abs(score) <= torch.finfo(torch.float32).max
-        if not is_number:
+        if not (isinstance(score, numbers.Real) and abs(score) <= torch.finfo(torch.float32).max):
             where = f"--reward {args.reward}, prompt {shorten(row['prompt'])}, response {shorten(response)}"
             require(False, where, "a finite number", score)
     scores = torch.tensor([float(score) for score in scores])
@@ -1016,29 +967,18 @@ def score_responses(reward_fn, args, rows, responses):
 
 def log_evaluation(writer, episode, means, rows, texts, scores):
     """Log the means of an evaluation and eight samples, and print the means and three of the samples."""
-    samples = [
-        f"{shorten(r['prompt'])} -> {shorten(t)}  score {s:.3f}" for r, t, s in zip(rows, texts, scores.tolist())
-    ]
+    triples = zip(rows[:8], texts, scores.tolist())
+    samples = [f"    {shorten(row['prompt'])} -> {shorten(text)}  score {score:.3f}" for row, text, score in triples]
     for name, value in means.items():
         writer.add_scalar(name, value, episode)
-    writer.add_text("samples", "\n".join(f"    {sample}" for sample in samples[:8]), episode)  # indented: as code
-    for line in samples[:3]:
-        show(f"  {line}")
+    writer.add_text("samples", "\n".join(samples), episode)  # indented: as code
+    for sample in samples[:3]:
+        show(sample)
     show(f"evaluation after {episode:,} episodes: " + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
 
 
 def show_progress(iteration, num_iterations, metrics):
     """One line about an iteration on standard error; on a terminal the next line replaces it."""
-    kl = f", KL {metrics['objective/kl_ref']:.2f}" if "objective/kl_ref" in metrics else ""
-    speed = f"{metrics['time/tokens_per_second']:.0f} tokens/s"
-    show(
-        f"iteration {iteration}/{num_iterations}: score {metrics['objective/score']:.3f}{kl}, {speed}",
-        sys.stderr,
-        end="",
-    )
-
-
-def shorten(prompt, length=60):
-    """A text, or the last message of a list, on one line of at most `length` characters."""
-    text = repr(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-    return text if len(text) <= length else text[: length - 3] + "..."
+    line = f"iteration {iteration}/{num_iterations}: score {metrics['objective/score']:.3f}, "
+    line += f"KL {metrics['objective/kl_ref']:.2f}, " if "objective/kl_ref" in metrics else ""
+    show(line + f"{metrics['time/tokens_per_second']:.0f} tokens/s", sys.stderr, end="")

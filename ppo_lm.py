@@ -322,9 +322,9 @@ def main(args, checkpoint=None):
         if sampler is not policy:
             common.copy_weights(policy, sampler)
         ids, mask = prompts.padded(device)  # (n, P)
-        settings |= dict(response_length=args.response_length, end_ids=end_ids, samples_per_prompt=samples_per_prompt)
-        settings |= dict(rollout_batch_size=args.rollout_batch_size, cuda_graph=args.cuda_graph)
-        responses, response_mask, logprobs = common.rollout(sampler, ids, mask, **settings)  # (n k, R)
+        responses, response_mask, logprobs = common.rollout(  # (n k, R)
+            sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
+        )
         sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
         attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
         return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask)
@@ -354,7 +354,6 @@ def main(args, checkpoint=None):
         sequences, attention_mask, sampler_logprobs, texts = sample(  # (B, P+R), (B, P+R), (B, R)
             prompts,
             args.samples_per_prompt,
-            temperature=args.temperature,
             generator=make_generator(device, args.seed, iteration, rank),
         )
         responses = sequences[:, -args.response_length :]  # (B, R)

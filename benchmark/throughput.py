@@ -13,6 +13,7 @@ a ratio is the median of the rounds' ratios. The scripts run as subprocesses and
 An update is timed from the end of the one before to its own end, with everything between: prompts, rewards, logging.
 """
 
+import argparse
 import contextlib
 import cProfile
 import gc
@@ -259,7 +260,8 @@ def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args,
             if target and state.global_step % args.eval_every == 0:
                 policy.load_state_dict(model.state_dict())
                 mask, end_ids = torch.ones_like(prompts).bool(), [tokenizer.eos_token_id]
-                responses, mask, _ = common.rollout(policy, prompts, mask, 6, end_ids, greedy=True)
+                flags = argparse.Namespace(response_length=6, temperature=1.0, rollout_batch_size=2**20)
+                responses, mask, _ = common.rollout(policy, prompts, mask, end_ids, flags, greedy=True)
                 texts = common.decode(tokenizer, responses, mask)
                 found = common.exact_reward(None, texts, [row["reference"] for row in eval_rows])
                 exact.append(sum(found) / len(found))
@@ -355,8 +357,9 @@ def time_sampling(model, prompts, samples, length, rounds, repeats=1):
     settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length, pad_token_id=0)
 
     def ours():  # no token has the id -1, so no response ends
-        settings = dict(samples_per_prompt=samples, generator=generator)
-        return common.rollout(model, prompts, mask, length, [-1], **settings)[0].numel()
+        settings = dict(response_length=length, temperature=1.0, rollout_batch_size=2**20, cuda_graph=True)
+        flags = argparse.Namespace(**settings)
+        return common.rollout(model, prompts, mask, [-1], flags, samples, generator)[0].numel()
 
     def generate(**options):
         config = GenerationConfig(**settings, num_return_sequences=samples, **options)

@@ -1,7 +1,10 @@
 """Small models and helpers that the tests share. Everything runs offline on a CPU."""
 
+import argparse
 import contextlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +88,50 @@ def run_script(name, *flags, cwd=ROOT, check=True, **settings):
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, **settings)
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def fork(function, *args, output, environment=()):
+    """Call `function` in a copy of this process, which saves the seconds of an import; its output goes to a file."""
+
+    def run():
+        with open(output, "w", buffering=1) as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            sys.stdout = sys.stderr = file
+            os.environ.update(environment)
+            function(*args)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def fork_ranks(world_size, function, *args, output):
+    """`fork` for each of `world_size` ranks, as torchrun would start them; returns the processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in map(str, range(world_size)):
+        environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=rank, LOCAL_RANK=rank)
+        environment |= dict(WORLD_SIZE=str(world_size))
+        processes.append(fork(function, *args, output=f"{output}.{rank}", environment=environment))
+    return processes
+
+
+def finish(processes, outputs):
+    """Wait for forked processes; fails with the output of the first that did not end well."""
+    for process, output in zip(processes, outputs, strict=True):
+        process.join(150)
+        assert process.exitcode == 0, Path(output).read_text()
+
+
+def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, **settings):
+    """`common.rollout` with the flags that it reads given by name."""
+    flags = dict(response_length=response_length, temperature=1.0, rollout_batch_size=2**20, cuda_graph=True)
+    flags = {name: settings.pop(name, value) for name, value in flags.items()}
+    flags = argparse.Namespace(**flags)
+    return common.rollout(model, prompts, prompt_mask, end_ids, flags, samples_per_prompt, **settings)
 
 
 def flat_gradient(optimizer):

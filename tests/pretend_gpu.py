@@ -1,4 +1,4 @@
-"""A GPU that only pretends, for test_gpu_path.py: `python pretend_gpu.py SCRIPT FLAGS` runs a script on it.
+"""A GPU that only pretends, for test_gpu_path.py: `run_on_it(SCRIPT, FLAGS)`, in a process of its own.
 
 A tensor of this device holds its numbers in a CPU tensor, `inner`, and refuses to meet CPU tensors. While a graph is
 captured, operations are recorded, what they write is undone, and asking for a value is an error. A replay runs them
@@ -159,17 +159,17 @@ def load(name):
     return module
 
 
-if __name__ == "__main__":
+def run_on_it(name, flags):
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Device())
     everything, autocast = torch.library.Library("_", "IMPL"), torch.library.Library("_", "IMPL")
     everything.fallback(run, "PrivateUse1")
     autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     common = load("common")
-    script = load(sys.argv[1])
+    script = load(name)
     for function in ("tensor", "arange", "randn"):
         setattr(torch, function, without_device(getattr(torch, function)))
     generator = torch.Generator
     torch.Generator = lambda device: generator("cpu")
     common.save_model = common.save_checkpoint = lambda *args: None  # files are written from memory it does not have
-    run_main(script, *sys.argv[2:])
+    run_main(script, *flags)
     print(f"{Graph.num_captures} captures, {Graph.num_replays} replays")

@@ -1,4 +1,4 @@
-"""One rank of test_ranks.py: `python rank_worker.py OUT RUNS_DIR` runs every script and saves what it saw.
+"""One rank of test_ranks.py: `work(OUT, RUNS_DIR)` runs every script and saves what it saw.
 
 Responses are sampled from a generator that depends on the prompt alone, so that they are the same however prompts are
 spread over ranks.
@@ -6,7 +6,6 @@ spread over ranks.
 
 import importlib
 import os
-import sys
 
 import common
 
@@ -24,11 +23,11 @@ FLAGS = {
 sample, load_policy = common.rollout, common.load_policy
 
 
-def rollout_by_prompt(model, prompts, prompt_mask, **settings):
+def rollout_by_prompt(model, prompts, prompt_mask, *rest, **settings):
     parts = []
     for prompt, mask in zip(prompts, prompt_mask):
         settings["generator"] = common.make_generator("cpu", *prompt.tolist())
-        parts.append(sample(model, prompt[None], mask[None], **settings))
+        parts.append(sample(model, prompt[None], mask[None], *rest, **settings))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -75,9 +74,7 @@ def train(name, runs_dir):
     return seen | {"weights": models[0].state_dict()}
 
 
-if __name__ == "__main__":
-    out, runs_dir = sys.argv[1:]
-    torch.set_num_threads(1)
+def work(out, runs_dir):
     common.rollout = rollout_by_prompt
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
     result = {"statistics": statistics()} | {name: train(name, runs_dir) for name in SCRIPTS}

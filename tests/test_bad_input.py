@@ -111,7 +111,7 @@ def lines(*rows):
 @pytest.mark.parametrize(
     "text, flags, parts",
     [
-        ("", [], ["--dataset", "at least one row"]),
+        ("", [], ["--dataset", "row 1", "a JSON object"]),
         (lines(GOOD_ROW, "{broken"), [], ["--dataset", "row 2", "{broken"]),
         (
             lines(GOOD_ROW, r'{"prompt": "half an emoji \ud83d", "reference": ""}'),

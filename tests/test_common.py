@@ -58,10 +58,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
     tokenizer = common.character_tokenizer("ab<>!")
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A <end>", None, [("<end>", 0)])
     assert tokenizer("ab").input_ids[-1] == 0
-    tokenizer.chat_template = TEMPLATE
-    for rows in ([{"prompt": "ab"}], [{"prompt": CHAT}, {"prompt": "ab"}]):
-        last = encode(rows, tokenizer=tokenizer, prompt_length=20)
-        assert tokenizer.decode(last.ids[-1]) == "ab"
+    assert tokenizer.decode(encode([{"prompt": "ab"}], tokenizer=tokenizer).ids[-1]) == "ab"
     own = encode([{"prompt": "ab<end>"}], tokenizer=tokenizer)
     assert own.ids[0][-1] == 0, "one that the prompt ends with stays"
 
@@ -69,13 +66,14 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
 def test_chat_prompts_go_through_the_template():
     tokenizer = common.character_tokenizer("ab<>!")
     tokenizer.chat_template = TEMPLATE
-    prompts = encode([{"prompt": CHAT}, {"prompt": "ab"}], tokenizer=tokenizer, prompt_length=20)
-    texts = [tokenizer.decode(ids) for ids in prompts.ids]
-    assert texts == ["<ab><b><ba>!", "ab"]
+    (ids,) = encode([{"prompt": CHAT}], tokenizer=tokenizer, prompt_length=20).ids
+    assert tokenizer.decode(ids) == "<ab><b><ba>!"
     with pytest.raises(InputError, match="chat template"):
         encode([{"prompt": CHAT}])
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(InputError, match=r"row 2 .*: expected messages for the chat template.*no system role"):
+    with pytest.raises(InputError, match=r"row 1 .*: expected messages for the chat template.*no system role"):
+        encode([{"prompt": CHAT}], tokenizer=tokenizer)
+    with pytest.raises(InputError, match="texts, or lists of messages"):
         encode([{"prompt": "ab"}, {"prompt": CHAT}], tokenizer=tokenizer)
 
 

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import finish, fork
+from pretend_gpu import run_on_it
 from test_runs import scalars
 
 SIZES = ["--batch-size", 16, "--total-episodes", 32, "--micro-batch-size", 8, "--rollout-batch-size", 8]
@@ -19,8 +20,9 @@ CASES = [  # script, model, flags, largest gap
 @pytest.mark.parametrize("script, kind, flags, largest_gap", CASES)
 def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model_folder, tmp_path):
     flags = [*SIZES, *flags, "--model", model_folder(kind), "--output-dir", tmp_path / "runs"]
-    result = run_script("pretend_gpu", script, *flags, cwd=ROOT / "tests")
-    captures, replays = map(int, re.search(r"(\d+) captures, (\d+) replays", result.stdout).groups())
+    output = tmp_path / "output"
+    finish([fork(run_on_it, script, flags, output=output)], [output])
+    captures, replays = map(int, re.search(r"(\d+) captures, (\d+) replays", output.read_text()).groups())
     assert captures > 2 * 2 + 2 + 2, "more than rollouts, greedy rollouts and evaluations: rows were dropped on the way"
     assert replays > 15 * captures / 2, "most graphs serve many tokens"
     (run_dir,) = (tmp_path / "runs").iterdir()

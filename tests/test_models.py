@@ -4,13 +4,12 @@ import functools
 import importlib
 import json
 import sys
-import types
 
 import common
 
 import pytest
 import torch
-from conftest import SCRIPTS, SHAPES, error_line, recorded_gradients, run_main, tiny_model
+from conftest import SCRIPTS, SHAPES, error_line, recorded_gradients, rollout, run_main, tiny_model
 from test_rollout import ragged_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
@@ -74,10 +73,10 @@ def test_the_pass_of_one_token_can_be_replayed(kind, monkeypatch):
         trace = make_fx(lambda: replayed.forward())()
         for x, old in zip([*moving, *[y.keys for y in layers], *[y.values for y in layers]], state, strict=True):
             x.copy_(old)  # tracing has run the pass, capturing does not
-        replayed.captures = True
-        replayed.graph = types.SimpleNamespace(replay=lambda: setattr(replayed, "logits", trace()))
         for t in range(6):
-            replayed.step(tokens[:, t, None])
+            replayed.tokens.copy_(tokens[:, t, None])
+            replayed.positions += 1
+            replayed.logits = trace()
             plain.step(tokens[:, t, None])
             torch.testing.assert_close(replayed.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
@@ -88,7 +87,7 @@ def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice():
 
     def sample(**settings):
         generator = torch.Generator().manual_seed(0)
-        return common.rollout(model, ids, mask, 12, end_ids, samples_per_prompt=8, generator=generator, **settings)
+        return rollout(model, ids, mask, 12, end_ids, samples_per_prompt=8, generator=generator, **settings)
 
     hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     responses, response_mask, logprobs = sample()
@@ -106,7 +105,7 @@ def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice():
 
 def test_sampling_draws_what_multinomial_draws():
     model, prompt = make_model("llama"), torch.tensor([[1, 2, 3]])
-    responses, *_ = common.rollout(
+    responses, *_ = rollout(
         model, prompt, prompt.bool(), 1, [], samples_per_prompt=500, generator=torch.Generator().manual_seed(7)
     )
     p = model(prompt).logits[0, -1].log_softmax(-1).exp().expand(500, -1)
@@ -133,7 +132,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(script, tmp_path, m
 def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
     model, (_, ids, mask) = make_model(kind), ragged_prompts(0)
     kept, settings = [], dict(generator=None, greedy=True)
-    responses, *_ = common.rollout(model, ids, mask, 6, [], **settings)
+    responses, *_ = rollout(model, ids, mask, 6, [], **settings)
 
     def count():
         kept.clear()
@@ -146,7 +145,7 @@ def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
     common.checkpoint_activations(model)
     calls = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1]))
-    assert torch.equal(common.rollout(model, ids, mask, 6, [], **settings)[0], responses)
+    assert torch.equal(rollout(model, ids, mask, 6, [], **settings)[0], responses)
     assert calls == [5, 1, 1, 1, 1, 1], "a cache is in use"
     hook.remove()
     count().backward()

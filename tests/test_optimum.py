@@ -17,8 +17,8 @@ from test_reinforce import MASK, RESPONSES, SCORES
     "script, flags",
     [
         (reinforce_lm, ["--total-episodes", 64 * 300, "--learning-rate", 0.01]),
-        (ppo_lm, ["--total-episodes", 64 * 150, "--learning-rate", 0.003, "--critic-learning-rate", 0.003]),
-        (trpo_lm, ["--total-episodes", 64 * 80, "--max-kl", 0.01, "--critic-learning-rate", 0.003]),
+        (ppo_lm, ["--total-episodes", 64 * 150, "--learning-rate", 0.005, "--num-minibatches", 1]),
+        (trpo_lm, ["--total-episodes", 64 * 80, "--max-kl", 0.01, "--cg-iters", 5, "--num-minibatches", 1]),
     ],
     ids=["reinforce_lm", "ppo_lm", "trpo_lm"],
 )

@@ -1,8 +1,6 @@
 """Two gloo processes on the CPU against one."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,30 +10,17 @@ import reinforce_lm
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, run_main
-
-
-def start_ranks(world_size, out, runs_dir):
-    """Start `world_size` processes of rank_worker.py as torchrun would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for rank in range(world_size):
-        environment = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=str(ROOT))
-        if world_size > 1:
-            environment |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        command = [sys.executable, str(ROOT / "tests" / "rank_worker.py"), str(out), str(runs_dir)]
-        yield subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+from conftest import ROOT, SCRIPTS, finish, fork, fork_ranks, run_main
+from rank_worker import work
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """What one process saved, and what each of two did."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [*start_ranks(1, folder / "one", folder / "runs"), *start_ranks(2, folder / "two", folder / "runs")]
-    for process in processes:
-        output, _ = process.communicate(timeout=150)
-        assert process.returncode == 0, output
+    one = fork(work, folder / "one", folder / "runs", output=folder / "output")
+    two = fork_ranks(2, work, folder / "two", folder / "runs", output=folder / "output")
+    finish([one, *two], [folder / "output", folder / "output.0", folder / "output.1"])
     return torch.load(folder / "one.0"), [torch.load(folder / f"two.{rank}") for rank in range(2)]
 
 
@@ -74,11 +59,11 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
     """Two ranks, one after the other in this process, each for three iterations, and another seed."""
     noise, prompts, rollout = [], [], common.rollout
 
-    def recording_rollout(model, ids, mask, generator=None, **settings):
+    def recording_rollout(model, ids, *rest, generator=None, **settings):
         if generator is not None:
             noise.append(generator.initial_seed())
             prompts.append(ids.tolist())
-        return rollout(model, ids, mask, generator=generator, **settings)
+        return rollout(model, ids, *rest, generator=generator, **settings)
 
     monkeypatch.setattr(common, "rollout", recording_rollout)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
@@ -101,7 +86,8 @@ def torchrun(tmp_path, *flags):
     return result, time.time() - start
 
 
-def test_torchrun_with_one_writer(tmp_path):
+def test_torchrun_with_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)  # as in torchrun's processes
     result, _ = torchrun(tmp_path, "--total-episodes", 96, "--save-every", 1)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("final eval_score") == 1 and "on 2 x cpu" in result.stdout
@@ -110,30 +96,40 @@ def test_torchrun_with_one_writer(tmp_path):
     last = run_dir / "checkpoint_00000003.pt"
     expected = torch.load(last)["policy"]
     last.unlink()
-    resumed, _ = torchrun(tmp_path, "--resume", run_dir)
-    assert resumed.returncode == 0 and resumed.stdout.count("final eval_score") == 1, resumed.stderr
+    ranks = fork_ranks(2, run_main, reinforce_lm, "--resume", run_dir, output=tmp_path / "resumed")
+    finish(ranks, [tmp_path / "resumed.0", tmp_path / "resumed.1"])
+    assert (tmp_path / "resumed.0").read_text().count("final eval_score") == 1
+    assert "final" not in (tmp_path / "resumed.1").read_text()
     for name, weight in torch.load(last)["policy"].items():
         assert torch.equal(weight, expected[name]), f"a resumed run differs in {name}"
 
 
-@pytest.mark.parametrize(
-    "death, cause, seen",
-    [
-        ("os._exit(7)", "exitcode  : 7", "rank      : 1"),
-        ("return [None]", "error: --reward", "expected a list of 16 scores"),
-    ],
-    ids=["killed", "a reward that fails"],
-)
-def test_a_rank_that_dies_ends_the_others_within_a_minute(death, cause, seen, tmp_path):
-    reward = "import os\ncalls = []\ndef score(prompts, responses, **columns):\n    calls.append(1)\n"
-    reward += (
+def reward_file(tmp_path, death):
+    """A reward that runs the statement `death` on rank 1, at its fifth call."""
+    code = "import os\ncalls = []\ndef score(prompts, responses, **columns):\n    calls.append(1)\n"
+    code += (
         f"    if os.environ['RANK'] == '1' and len(calls) == 5:\n        {death}\n    return [0.0] * len(responses)\n"
     )
-    (tmp_path / "mine.py").write_text(reward)
+    (tmp_path / "mine.py").write_text(code)
+    return f"{tmp_path}/mine.py:score"
+
+
+def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path):
+    reward = reward_file(tmp_path, "os._exit(7)")
     for _ in range(3):  # torchrun may stop rank 0, rarely, before that has noticed anything
-        result, seconds = torchrun(tmp_path, "--reward", f"{tmp_path}/mine.py:score", "--total-episodes", 32_000)
+        result, seconds = torchrun(tmp_path, "--reward", reward, "--total-episodes", 32_000)
         assert result.returncode != 0 and seconds < 60
-        assert cause in result.stderr, result.stderr
-        if seen in result.stderr:
+        assert "exitcode  : 7" in result.stderr, result.stderr
+        if "rank      : 1" in result.stderr:
             return
     pytest.fail(result.stderr)
+
+
+def test_a_reward_that_fails_on_one_rank_is_one_line_there(tmp_path):
+    flags = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--output-dir", tmp_path / "runs"]
+    flags += ["--reward", reward_file(tmp_path, "return [None]"), "--device", "cpu"]
+    waiting, failing = fork_ranks(2, run_main, reinforce_lm, *flags, output=tmp_path / "output")
+    failing.join(60)
+    waiting.kill()  # torchrun does that
+    (line,) = [line for line in (tmp_path / "output.1").read_text().splitlines() if line.startswith("error")]
+    assert failing.exitcode == 2 and "--reward" in line and "expected a list of 16 scores" in line

@@ -5,7 +5,7 @@ import reinforce_lm
 
 import pytest
 import torch
-from conftest import error_line, run_main, tiny_model
+from conftest import error_line, rollout, run_main, tiny_model
 from safetensors.torch import load_file, save_file
 from test_runs import scalars
 from transformers import (
@@ -140,7 +140,7 @@ def test_the_policy_learns_to_please_it(classifier, tmp_path):
     policies.append(common.load_policy("tiny", tokenizer, 11, seed=1))
     share = []
     for policy in policies:
-        responses, mask, _ = common.rollout(
+        responses, mask, _ = rollout(
             policy, prompts, prompts > -1, 6, [0], samples_per_prompt=64, generator=torch.Generator().manual_seed(0)
         )
         texts = common.decode(tokenizer, responses, mask)
@@ -158,7 +158,6 @@ def test_chat_prompts_go_through_its_chat_template(classifier, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(tmp_path)
     reward_fn = common.RewardModel(tmp_path)
-    assert reward_fn.text(chat_rows()[0]["prompt"], "777") == "#12!#777!"
     plain = common.RewardModel(classifier)
     torch.testing.assert_close(reward_fn([chat_rows()[0]["prompt"]], ["777"]), plain(["#12!#777!"], [""]))
 

@@ -9,7 +9,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import rollout, tiny_model
 from transformers import AutoModelForCausalLM
 
 KINDS = ["gpt2", "llama"]
@@ -31,7 +31,7 @@ def test_padded_batch_scores_like_single_prompts(kind, pad_id, monkeypatch):
     model, args = tiny_model(kind), Args(dtype="float32", response_length=4, temperature=0.7)
     prompts, ids, mask = ragged_prompts(pad_id)
     generator = torch.Generator().manual_seed(3)
-    responses, response_mask, _ = common.rollout(model, ids, mask, 4, end_ids=[0, 9], generator=generator)
+    responses, response_mask, _ = rollout(model, ids, mask, 4, end_ids=[0, 9], generator=generator)
     sequences, attention_mask = torch.cat([ids, responses], 1), torch.cat([mask, response_mask], 1)
     logprobs, entropy = policy_logprobs(model, sequences, attention_mask, args)
     assert len(set(response_mask.sum(1).tolist())) > 1, "the test wants responses of different lengths"
@@ -77,7 +77,7 @@ def test_samples_follow_softmax_whatever_the_generation_config_says(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert model.generation_config.repetition_penalty == 5.0
     prompt, count = torch.tensor([[1, 2, 1]]), 40_000
-    responses, response_mask, logprobs = common.rollout(
+    responses, response_mask, logprobs = rollout(
         model,
         prompt,
         torch.ones_like(prompt, dtype=torch.bool),
@@ -103,7 +103,7 @@ def test_samples_follow_softmax_whatever_the_generation_config_says(tmp_path):
 def test_sampler_and_loss_agree_at_another_temperature(kind):
     model, args = tiny_model(kind), Args(dtype="float32", response_length=6, temperature=0.7)
     _, ids, mask = ragged_prompts(0)
-    responses, response_mask, sampler_logprobs = common.rollout(
+    responses, response_mask, sampler_logprobs = rollout(
         model,
         ids,
         mask,
@@ -161,9 +161,7 @@ def test_samples_of_a_prompt_differ_and_a_rerun_is_the_same():
 
     def sample(*key, **settings):
         generator = common.make_generator("cpu", *key)
-        return common.rollout(model, ids, mask, 6, end_ids=[0], samples_per_prompt=8, generator=generator, **settings)[
-            0
-        ]
+        return rollout(model, ids, mask, 6, end_ids=[0], samples_per_prompt=8, generator=generator, **settings)[0]
 
     responses = sample(1, 5, 0)
     assert torch.equal(responses, sample(1, 5, 0))
@@ -182,7 +180,7 @@ def test_samples_of_a_prompt_differ_and_a_rerun_is_the_same():
 def test_greedy_rollout_is_the_argmax_of_full_forwards():
     model = tiny_model("llama")
     prompts, ids, mask = ragged_prompts(0)
-    responses, response_mask, _ = common.rollout(model, ids, mask, 5, end_ids=[0], rollout_batch_size=3, greedy=True)
+    responses, response_mask, _ = rollout(model, ids, mask, 5, end_ids=[0], rollout_batch_size=3, greedy=True)
     for i, prompt in enumerate(prompts):
         text = prompt
         for _ in range(int(response_mask[i].sum())):
@@ -195,7 +193,7 @@ def test_rollout_stops_when_all_have_ended():
     model.register_forward_hook(lambda *_: calls.append(1))
     prompts = torch.ones(3, 2, dtype=torch.long)
     every_token = list(range(12))
-    responses, response_mask, _ = common.rollout(
+    responses, response_mask, _ = rollout(
         model, prompts, prompts.bool(), 20, end_ids=every_token, generator=torch.Generator().manual_seed(0)
     )
     assert len(calls) == 1 and response_mask.sum(1).tolist() == [1, 1, 1] and responses.shape == (3, 20)
@@ -205,7 +203,7 @@ def test_rollout_reads_a_prompt_once_for_all_its_samples():
     model, shapes = tiny_model(), []
     model.transformer.wte.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
     prompts = torch.ones(3, 4, dtype=torch.long)
-    common.rollout(
+    rollout(
         model, prompts, prompts.bool(), 2, end_ids=[], samples_per_prompt=5, generator=torch.Generator().manual_seed(0)
     )
     assert shapes == [(3, 4), (15, 1)]

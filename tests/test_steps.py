@@ -63,13 +63,13 @@ class Recorded:
         checkpoint(tmp_path / "checkpoint")
         generator = torch.Generator().manual_seed(0)
 
-        def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, greedy=False, **more):
+        def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, greedy=False, **more):
             if greedy:  # the last token of the prompt and the end
                 responses = torch.zeros(len(prompts), LENGTH, dtype=torch.long)
                 responses[:, 0], responses[:, 1] = prompts[:, -1], 10
                 mask = common.mask_through_first_end(responses, end_ids)
                 return responses, mask, torch.zeros(mask.shape)
-            assert samples_per_prompt == K and more["temperature"] == T and len(prompts) == B / K
+            assert samples_per_prompt == K and args.temperature == T and len(prompts) == B / K
             assert sorted(end_ids) == [9, 10]
             forwards.clear()
             if not self.batches:  # away from the reference, which is a copy of what it was

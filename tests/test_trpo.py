@@ -356,7 +356,7 @@ def test_broken_products_leave_the_policy_alone(broken, tmp_path, monkeypatch, c
     assert logged["trpo/accepted"] == [0.0] * 2
     assert "policy not updated" in capsys.readouterr().out
     (run_dir,) = (tmp_path / "run0").iterdir()
-    saved = trpo_lm.common.AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    saved = trpo_lm.common.transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
     fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
     for weight, expected in zip(saved.parameters(), fresh.parameters()):
         assert torch.equal(weight, expected)
