@@ -56,7 +56,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ===== Errors: a mistake of the user is one line on standard error and exit code 2 =====
@@ -236,9 +236,10 @@ def prompt_indices(num_prompts, start, count, seed):
     return stream[start % num_prompts :][:count].tolist()
 
 
-def shuffled_minibatches(batch_size, num_minibatches, device, *key):
-    """Row indices 0 ... batch_size - 1 in a random order that depends on `key`, as `num_minibatches` tensors."""
-    return torch.randperm(batch_size, generator=make_generator("cpu", *key)).to(device).tensor_split(num_minibatches)
+def shuffled_rows(num_prompts, samples_per_prompt, device, *key):
+    """Indices of the rows of a batch, prompts in a random order that depends on `key`, rows of a prompt together."""
+    order = torch.randperm(num_prompts, generator=make_generator("cpu", *key)).to(device)
+    return (order[:, None] * samples_per_prompt + torch.arange(samples_per_prompt, device=device)).flatten()
 
 
 def all_reduce(tensor):
@@ -278,9 +279,9 @@ def whiten(values, mask, shift_mean=True):
 
 
 def add_sums(sums, mask, values):
-    """Add to the dictionary `sums`, under their names, the sums of (b, R) tensors where `mask` is True."""
+    """Add to the dictionary `sums`, under their names, the sums of (b, r) tensors where `mask` (b, R) is True."""
     for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value.detach().where(mask, 0.0).double().sum()
+        sums[name] = sums.get(name, 0.0) + value.detach().where(mask[:, : value.shape[1]], 0.0).double().sum()
 
 
 def means_over_ranks(sums, count):
@@ -464,12 +465,78 @@ def end_token_ids(tokenizer, model):
     return sorted(end_ids)
 
 
-# ===== Log-probabilities =====
+# ===== Passes over a batch: a prompt is run once for all its responses, and columns that no row needs are cut =====
 
 
 def position_ids(attention_mask):
     """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def micro_batches_of(inds, response_mask, args):
+    """Row indices (n,) as a list of micro-batches: rows of a prompt together, prompts with the longest responses first.
+
+    Rows of about the same length need few columns, and what needs most memory comes first.
+    """
+    lengths, prompts = response_mask[inds].sum(1), inds // args.samples_per_prompt  # (n,), (n,)
+    longest = torch.zeros_like(response_mask[:, 0], dtype=torch.long).scatter_reduce(0, prompts, lengths, "amax")
+    order = (longest[prompts] * len(response_mask) + prompts).argsort(descending=True, stable=True)  # (n,)
+    return inds[order].split(args.micro_batch_size)
+
+
+def trim(sequences, attention_mask, response_length):
+    """Cut columns that are padding in all rows: (b, P+R), (b, P+R) -> (b, p+r), (b, p+r), r."""
+    used = attention_mask.any(0).nonzero()[:, 0]  # (p+r,)
+    start, end = used[0].item(), used[-1].item() + 1
+    length = response_length - (sequences.shape[1] - end)
+    return sequences[:, start:end], attention_mask[:, start:end], length
+
+
+class PromptLayer(DynamicLayer):
+    """Keys and values of prompts. Writes over old ones, since a layer with a checkpoint runs twice."""
+
+    def update(self, keys, values, *_, **__):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+class ResponseLayer(DynamicLayer):
+    """Gives each row the keys and values of its prompt, a row of a `PromptLayer`, and keeps nothing."""
+
+    def __init__(self, prompts, rows):
+        super().__init__()
+        self.keys, self.values, self.rows, self.is_initialized = prompts.keys, prompts.values, rows, True
+
+    def update(self, keys, values, *_, **__):
+        pairs = (self.keys, keys), (self.values, values)
+        return tuple(torch.cat([shared.index_select(0, self.rows), own], 2) for shared, own in pairs)
+
+
+def share_prompts(network, sequences, attention_mask, num_outputs):
+    """Run each distinct prompt once, and return what `network` is to be called with for the rest of the rows.
+
+    The outputs of that call are, at least, those of the last `num_outputs` columns. The prompts' pass has a gradient,
+    which is the sum over the rows that share a prompt. The last token of a prompt stays with each of its rows, since
+    it is the first that has an output.
+
+    Args:
+        network: takes input_ids and so on; its outputs for the prompts are not used, but for the cache it fills.
+        sequences, attention_mask: (b, L) ids and where they are real.
+    """
+    inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
+    length = sequences.shape[1] - num_outputs  # of what may be shared
+    prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, L - num_outputs)
+    distinct, rows = prompts.unique(dim=0, return_inverse=True) if length else (prompts, None)
+    if (len(prompts) - len(distinct)) * length < sequences.numel() / 4:  # two passes would gain little
+        return inputs | dict(use_cache=False)
+    mask, cache = distinct >= 0, Cache(layer_class_to_replicate=PromptLayer)
+    settings = dict(attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache, use_cache=True)
+    network(input_ids=distinct.clamp(min=0), **settings)
+    inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
+    return inputs | dict(past_key_values=Cache([ResponseLayer(layer, rows) for layer in cache.layers]), use_cache=True)
+
+
+# ===== Log-probabilities =====
 
 
 def response_logits(model, sequences, attention_mask, args):
@@ -478,16 +545,14 @@ def response_logits(model, sequences, attention_mask, args):
     Args:
         sequences, attention_mask: (b, P+R) prompts and responses, and where they are real.
     Returns:
-        (b, R, V), for each response token given what stands before it; the prompt's positions get none.
+        (b, r, V), for each response token given what stands before it, up to the longest response of these rows.
     """
+    sequences, attention_mask, length = trim(sequences, attention_mask, args.response_length)  # (b, p+r)
     with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        logits = model(
-            input_ids=sequences[:, :-1],  # the last token is only predicted
-            attention_mask=attention_mask[:, :-1],
-            position_ids=position_ids(attention_mask)[:, :-1],
-            logits_to_keep=args.response_length,
-            use_cache=False,
-        ).logits
+        prompt_pass = functools.partial(model, logits_to_keep=1)
+        # The last token is only predicted.
+        inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
+        logits = model(**inputs, logits_to_keep=length).logits
     return logits if args.temperature == 1 else full_precision(logits) / args.temperature
 
 
@@ -497,7 +562,7 @@ def full_precision(logits):
 
 
 def token_statistics(logits, tokens):
-    """Log-probability of each token and entropy of its distribution: (b, R, V), (b, R) -> (b, R), (b, R).
+    """Log-probability of each token and entropy of its distribution: (b, r, V), (b, R) -> (b, R), (b, R), 0 after r.
 
     Large logits are taken a few rows at a time and again in the backward pass, so that only they are kept for it, in
     the precision that they come in.
@@ -507,13 +572,16 @@ def token_statistics(logits, tokens):
         log_p = full_precision(logits).log_softmax(-1)
         return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    pieces = [tensor.split(max(1, 2**22 // logits.shape[-1])) for tensor in (logits.flatten(0, 1), tokens.flatten())]
+    length = logits.shape[1]
+    flat = logits.flatten(0, 1), tokens[:, :length].flatten()  # (b r, V), (b r,)
+    pieces = [tensor.split(max(1, 2**22 // logits.shape[-1])) for tensor in flat]
     if len(pieces[0]) == 1:
         logprobs, entropy = of_rows(pieces[0][0], pieces[1][0])
     else:
         again = functools.partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
         logprobs, entropy = [torch.cat(parts) for parts in zip(*map(again, *pieces))]
-    return logprobs.view_as(tokens), entropy.view_as(tokens)
+    padding = 0, tokens.shape[1] - length
+    return tuple(torch.nn.functional.pad(values.view(-1, length), padding) for values in (logprobs, entropy))
 
 
 def policy_logprobs(model, sequences, attention_mask, args):

@@ -214,14 +214,12 @@ class Critic(torch.nn.Module):
 
     def forward(self, sequences, attention_mask, args):
         """Values of the states before each response token, and of the one after the last: (b, P+R) -> (b, R+1)."""
+        sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            hidden = self.backbone(
-                input_ids=sequences,
-                attention_mask=attention_mask,
-                position_ids=common.position_ids(attention_mask),
-                use_cache=False,
-            ).last_hidden_state[:, -args.response_length - 1 :]  # (b, R+1, hidden size)
-        return self.head(hidden.to(self.head.weight.dtype))[..., 0]
+            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)
+            hidden = self.backbone(**inputs).last_hidden_state[:, -length - 1 :]  # (b, r+1, hidden size)
+        values = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (b, r+1)
+        return torch.nn.functional.pad(values, (0, args.response_length - length))
 
 
 def generalized_advantages(rewards, values, response_mask, next_values, gamma, gae_lambda):
@@ -363,14 +361,17 @@ def main(args, checkpoint=None):
         # ===== Log-probabilities (algorithm) =====
         batch = sequences, attention_mask  # (B, P+R), (B, P+R)
         epochs = [
-            common.shuffled_minibatches(
-                local_batch_size, args.num_minibatches, device, args.seed, iteration, rank, epoch
-            )
+            common.shuffled_rows(num_prompts, args.samples_per_prompt, device, args.seed, iteration, rank, epoch)
             for epoch in range(args.update_epochs)
         ]
+        minibatches = [mb_inds for rows in epochs for mb_inds in rows.tensor_split(args.num_minibatches)]
         # log pi_old comes from the loss's own function and from the micro-batches of its first pass, so that the first
         # ratio is exactly 1, in bfloat16 too, where the rounding error of a row depends on the rows batched with it.
-        micro_batches = [inds for mb_inds in epochs[0] for inds in mb_inds.split(args.micro_batch_size)]
+        micro_batches = [
+            inds
+            for mb_inds in minibatches[: args.num_minibatches]
+            for inds in common.micro_batches_of(mb_inds, response_mask, args)
+        ]
         logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
@@ -413,9 +414,9 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # the metrics of each
-        for mb_inds in [mb_inds for minibatches in epochs for mb_inds in minibatches]:
+        for mb_inds in minibatches:
             num_tokens, sums = all_reduce(response_mask[mb_inds].sum()), {}
-            for inds in mb_inds.split(args.micro_batch_size):
+            for inds in common.micro_batches_of(mb_inds, response_mask, args):
                 mask, inputs = response_mask[inds], (sequences[inds], attention_mask[inds])  # (b, R), (b, P+R) each
                 new_values = critic(*inputs, args)[:, :-1]  # (b, R)
                 v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)

@@ -294,7 +294,7 @@ def main(args, checkpoint=None):
 
         # ===== Log-probabilities (algorithm) =====
         batch = sequences, attention_mask  # (B, P+R), (B, P+R)
-        micro_batches = torch.arange(local_batch_size, device=device).split(args.micro_batch_size)
+        micro_batches = common.micro_batches_of(torch.arange(local_batch_size, device=device), response_mask, args)
         # One step per batch needs no ratio. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
         if sampler is not policy and reference is not None:

@@ -225,14 +225,12 @@ class Critic(torch.nn.Module):
 
     def forward(self, sequences, attention_mask, args):
         """Values of the states before each response token, and of the one after the last: (b, P+R) -> (b, R+1)."""
+        sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            hidden = self.backbone(
-                input_ids=sequences,
-                attention_mask=attention_mask,
-                position_ids=common.position_ids(attention_mask),
-                use_cache=False,
-            ).last_hidden_state[:, -args.response_length - 1 :]  # (b, R+1, hidden size)
-        return self.head(hidden.to(self.head.weight.dtype))[..., 0]
+            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)
+            hidden = self.backbone(**inputs).last_hidden_state[:, -length - 1 :]  # (b, r+1, hidden size)
+        values = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (b, r+1)
+        return torch.nn.functional.pad(values, (0, args.response_length - length))
 
 
 def generalized_advantages(rewards, values, response_mask, next_values, gamma, gae_lambda):
@@ -341,7 +339,7 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
 
 
 def jacobian_vector_product(policy, vector, inputs, args):
-    """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (b, R, V), (b, R, V)."""
+    """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (b, r, V), (b, r, V)."""
     forward_ad, tangents = torch.autograd.forward_ad, unflatten(vector, policy)
     with forward_ad.dual_level(), torch.no_grad(), plain_attention(), common.blame("--model: no forward mode"):
         duals = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in policy.named_parameters()}
@@ -355,10 +353,10 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args):
     product = torch.zeros_like(vector)
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
-        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, R, V), J v
-        p = logits.softmax(-1)  # (b, R, V)
-        change = p * (change - (p * change).sum(-1, keepdim=True))  # (b, R, V), (diag p - p p') J v
-        change = change.where(mask[..., None], 0.0) / num_tokens
+        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, r, V), J v
+        p = logits.softmax(-1)  # (b, r, V)
+        change = p * (change - (p * change).sum(-1, keepdim=True))  # (b, r, V), (diag p - p p') J v
+        change = change.where(mask[:, : p.shape[1], None], 0.0) / num_tokens
         with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
             add_gradient(product, common.response_logits(policy, *inputs, args), change, policy)  # (8)
     return all_reduce(product)
@@ -369,9 +367,9 @@ def fisher_quadratic_form(vector, policy, batch, micro_batches, num_tokens, args
     sums = {}
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
-        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, R, V)
-        p = logits.softmax(-1)  # (b, R, V)
-        mean_change = (p * change).sum(-1, keepdim=True)  # (b, R, 1)
+        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, r, V)
+        p = logits.softmax(-1)  # (b, r, V)
+        mean_change = (p * change).sum(-1, keepdim=True)  # (b, r, 1)
         common.add_sums(sums, mask, {"x'Fx": (p * (change - mean_change) ** 2).sum(-1)})
     return common.means_over_ranks(sums, num_tokens)["x'Fx"]
 
@@ -410,7 +408,7 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
 
 
 def exact_kl(old_logits, new_logits):
-    """KL(old || new) of each token over the whole vocabulary: (b, R, V), (b, R, V) -> (b, R)."""
+    """KL(old || new) of each token over the whole vocabulary: (b, r, V), (b, r, V) -> (b, r)."""
     old, new = old_logits.log_softmax(-1), new_logits.log_softmax(-1)
     return (old.exp() * (old - new)).sum(-1)
 
@@ -425,8 +423,8 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
         tokens = inputs[0][:, -args.response_length :]  # (b, R)
-        old_logits = logits_with(policy, old_parameters, inputs, args)  # (b, R, V)
-        new_logits = common.response_logits(policy, *inputs, args)  # (b, R, V)
+        old_logits = logits_with(policy, old_parameters, inputs, args)  # (b, r, V)
+        new_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
         new_logprobs, old_logprobs = [common.token_statistics(z, tokens)[0] for z in (new_logits, old_logits)]  # (b, R)
         gain = ((new_logprobs - old_logprobs).exp() - 1) * advantages[inds]  # (b, R)
         common.add_sums(sums, mask, {"gain": gain, "kl": exact_kl(old_logits, new_logits)})
@@ -546,7 +544,7 @@ def main(args, checkpoint=None):
 
         # ===== Log-probabilities (algorithm) =====
         batch = sequences, attention_mask  # (B, P+R), (B, P+R)
-        micro_batches = torch.arange(local_batch_size, device=device).split(args.micro_batch_size)
+        micro_batches = common.micro_batches_of(torch.arange(local_batch_size, device=device), response_mask, args)
         # The update computes its own in float32. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
         if sampler is not policy and reference is not None:
@@ -594,10 +592,10 @@ def main(args, checkpoint=None):
         g, means = surrogate_gradient(  # (D,)
             policy, data, micro_batches, advantages, sampler_logprobs, num_tokens, float32_args
         )
-        generator = make_generator("cpu", args.seed, iteration, rank, args.update_epochs)  # unlike the critic's
+        key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
         num_rows = max(1, round(args.fvp_fraction * local_batch_size))
-        rows = torch.randperm(local_batch_size, generator=generator)[:num_rows].to(device)
-        inputs = policy, data, rows.split(args.micro_batch_size), float32_args
+        rows = common.shuffled_rows(num_prompts, args.samples_per_prompt, device, *key)[:num_rows]
+        inputs = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
         settings = args.cg_iters, args.cg_damping, args.cg_tol
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
             lambda v, inputs=inputs: fisher_vector_product(v, *inputs), g, *settings
@@ -631,9 +629,10 @@ def main(args, checkpoint=None):
         losses = []
         for epoch in range(args.update_epochs):
             key = args.seed, iteration, rank, epoch
-            for mb_inds in common.shuffled_minibatches(local_batch_size, args.num_minibatches, device, *key):
+            rows = common.shuffled_rows(num_prompts, args.samples_per_prompt, device, *key)
+            for mb_inds in rows.tensor_split(args.num_minibatches):
                 num_tokens, sums = all_reduce(response_mask[mb_inds].sum()), {}
-                for inds in mb_inds.split(args.micro_batch_size):
+                for inds in common.micro_batches_of(mb_inds, response_mask, args):
                     new_values = critic(sequences[inds], attention_mask[inds], args)[:, :-1]  # (b, R)
                     v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)
                     (v_loss.where(response_mask[inds], 0.0).sum() / num_tokens).backward()

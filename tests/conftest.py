@@ -90,18 +90,25 @@ def run_script(name, *flags, cwd=ROOT, check=True, **settings):
     return result
 
 
-def fork(function, *args, output, environment=()):
-    """Call `function` in a copy of this process, which saves the seconds of an import; its output goes to a file."""
+def run_with_output(function, args, output, environment):
+    """Call `function` in this process, whose output goes to a file."""
+    file = open(output, "w", buffering=1)
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file  # multiprocessing writes the traceback of an error there
+    os.environ.update(environment)
+    function(*args)
 
-    def run():
-        with open(output, "w", buffering=1) as file:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            sys.stdout = sys.stderr = file
-            os.environ.update(environment)
-            function(*args)
 
-    process = multiprocessing.get_context("fork").Process(target=run)
+def fork(function, *args, output, environment=(), start="fork"):
+    """Call `function` in a copy of this process, which saves the seconds of an import; its output goes to a file.
+
+    With `start="forkserver"` it is a copy of a process that has imported the modules and done nothing else.
+    """
+    multiprocessing.set_forkserver_preload(["pretend_gpu"])
+    process = multiprocessing.get_context(start).Process(
+        target=run_with_output, args=(function, args, output, environment)
+    )
     process.start()
     return process
 
@@ -122,7 +129,7 @@ def fork_ranks(world_size, function, *args, output):
 def finish(processes, outputs):
     """Wait for forked processes; fails with the output of the first that did not end well."""
     for process, output in zip(processes, outputs, strict=True):
-        process.join(150)
+        process.join(60)
         assert process.exitcode == 0, Path(output).read_text()
 
 

@@ -21,7 +21,7 @@ CASES = [  # script, model, flags, largest gap
 def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model_folder, tmp_path):
     flags = [*SIZES, *flags, "--model", model_folder(kind), "--output-dir", tmp_path / "runs"]
     output = tmp_path / "output"
-    finish([fork(run_on_it, script, flags, output=output)], [output])
+    finish([fork(run_on_it, script, flags, output=output, start="forkserver")], [output])
     captures, replays = map(int, re.search(r"(\d+) captures, (\d+) replays", output.read_text()).groups())
     assert captures > 2 * 2 + 2 + 2, "more than rollouts, greedy rollouts and evaluations: rows were dropped on the way"
     assert replays > 15 * captures / 2, "most graphs serve many tokens"

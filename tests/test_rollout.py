@@ -46,6 +46,7 @@ def test_padded_batch_scores_like_single_prompts(kind, pad_id, monkeypatch):
             entropy[i, :length], torch.distributions.Categorical(logits=expected).entropy(), rtol=1e-5, atol=1e-5
         )
     in_micro_batches = batched_logprobs(model, sequences, attention_mask, torch.tensor([2, 0, 3, 1]).split(3), args)
+    in_micro_batches, logprobs = [values.where(response_mask, 0.0) for values in (in_micro_batches, logprobs)]
     torch.testing.assert_close(in_micro_batches, logprobs, rtol=1e-5, atol=1e-5)
 
 
