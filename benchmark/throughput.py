@@ -58,7 +58,7 @@ QWEN2_SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate si
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
 }
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # floating-point operations per second, dense
-Section = Literal["trl", "rollout", "scripts", "profile", "scaling", "ranks", "gpu"]
+Section = Literal["trl", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
 
 
 @dataclass
@@ -413,6 +413,85 @@ def section_rollout(args, scratch):
         rows = time_sampling(model, prompts, 4, args.rollout_length, args.rounds)
         size = f"{model.num_parameters() / 1e6:.0f}M parameters, float32, {len(prompts)} prompts of 16 tokens"
         print_table(f"**rollout**: {size}, 4 responses of {args.rollout_length} tokens each", ROLLOUT_HEADER, rows)
+
+
+# ===== prompts: a prompt run once for its responses against a padded pass =====
+
+
+def padded_inputs(network, sequences, attention_mask, num_outputs):
+    """What `common.share_prompts` returns if nothing is shared."""
+    positions = common.position_ids(attention_mask)
+    return dict(input_ids=sequences, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+
+
+def compare_prompt_passes(model, prompts, samples, length, rounds):
+    """Passes of an update, padded and shared: the reference's without gradient, the policy's with it.
+
+    Args:
+        prompts: `common.Prompts`. samples: responses to each, of 1 to `length` random tokens.
+    Returns:
+        Cells of a row: padded and shared milliseconds, their ratio, the same for MiB kept for the backward pass.
+    """
+    ids, mask = prompts.padded()
+    num_rows, share_prompts = len(ids) * samples, common.share_prompts
+    lengths = torch.linspace(length, max(1, length / 8), num_rows).round().long()
+    mask = torch.cat([mask.repeat_interleave(samples, 0), torch.arange(length) < lengths[:, None]], 1)
+    responses = torch.randint(1, model.config.vocab_size, (num_rows, length))
+    sequences = torch.cat([ids.repeat_interleave(samples, 0), responses], 1)
+    flags = SimpleNamespace(response_length=length, temperature=1.0, dtype="float32")
+
+    def update(inputs):
+        common.share_prompts, kept = inputs, {}
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(x):
+            storage = x.untyped_storage()
+            kept.update({} if storage.data_ptr() in parameters else {storage.data_ptr(): storage.nbytes()})
+            return x
+
+        start = time.perf_counter()
+        with torch.no_grad():
+            common.policy_logprobs(model, sequences, mask, flags)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logprobs, _ = common.policy_logprobs(model, sequences, mask, flags)
+        logprobs.where(mask[:, -length:], 0.0).sum().backward()
+        model.zero_grad()
+        return 1e3 * (time.perf_counter() - start), sum(kept.values()) / 2**20
+
+    calls = {"padded": lambda: update(padded_inputs), "shared": lambda: update(share_prompts)}
+    try:
+        in_turn(calls, 1)  # to warm up
+        (padded, padded_kept), (shared, shared_kept) = [list(zip(*runs)) for runs in in_turn(calls, rounds).values()]
+    finally:
+        common.share_prompts = share_prompts
+    mib = [f"{median(kept):.1f}" for kept in (padded_kept, shared_kept)]
+    return spread(padded, 0), spread(shared, 0), ratio(padded, shared), *mib, ratio(padded_kept, shared_kept)
+
+
+PROMPTS_HEADER = ("ms, padded", "ms, shared", "ratio", "MiB kept, padded", "MiB kept, shared", "ratio")
+
+
+def section_prompts(args, scratch):
+    torch.manual_seed(1)
+    config = Qwen2Config(vocab_size=2048, hidden_size=192, num_hidden_layers=6, intermediate_size=512)
+    config.num_attention_heads, config.num_key_value_heads = 6, 3
+    model, rows = AutoModelForCausalLM.from_config(config).eval(), []
+    for length in (8, 64, 384):
+        for samples in (1, 4, 8, 16):
+            ids = torch.randint(1, 2048, (16 // samples, length)).tolist()
+            row = compare_prompt_passes(model, common.Prompts(ids, ids), samples, 32, args.rounds)
+            rows.append((length, samples, *row))
+    size = f"{model.num_parameters() / 1e6:.1f}M parameters, 16 responses of 4 to 32 tokens, in one micro-batch"
+    print_table(f"**prompts**: {size}", ("prompt tokens", "responses to a prompt", *PROMPTS_HEADER), rows)
+    if args.rollout_model:
+        model = AutoModelForCausalLM.from_pretrained(args.rollout_model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.rollout_model)
+        question = "A shop sold {0} boxes with {1} apples each on Monday and half as many on Tuesday. " * 3
+        chats = [[{"role": "user", "content": question.format(3 + i, 7 * i + 2)}] for i in range(4)]
+        prompts = common.encode_prompts(tokenizer, [{"prompt": chat} for chat in chats], 512)
+        row = compare_prompt_passes(model, prompts, 4, 32, args.rounds)
+        size = f"{model.num_parameters() / 1e6:.0f}M parameters, 4 chat prompts of {len(prompts.ids[0])} tokens"
+        print_table(f"**prompts**: {size}, 4 responses of 4 to 32 tokens each", PROMPTS_HEADER, [row])
 
 
 # ===== scripts, profile, scaling, ranks: the scripts against each other and themselves =====
