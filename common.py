@@ -27,6 +27,7 @@ Nothing compares ids with the padding id, which may be the end token's:
 import ast
 import contextlib
 import copy
+import fcntl
 import functools
 import importlib.util
 import inspect
@@ -36,9 +37,11 @@ import math
 import numbers
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
+import zlib
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -59,9 +62,8 @@ from torch.utils.tensorboard.summary import hparams
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+
 # ===== Errors: a mistake of the user is one line on standard error and exit code 2 =====
-
-
 class InputError(Exception):
     """The user's input is wrong. The message is one line: the flag or row, what was expected, what was found."""
 
@@ -103,8 +105,12 @@ def one_line_errors():
 
 def show(line, file=None, end="\n"):
     """Print a line over the line of progress, if there is one: `end=""` makes a line that the next one overwrites."""
-    on_terminal = sys.stderr.isatty()
-    print(("\r\033[K" if on_terminal else "") + line, file=file, end=end if on_terminal else "\n", flush=True)
+    on_terminal, file = sys.stderr.isatty(), file or sys.stdout
+    line = line.encode(file.encoding or "utf-8", "backslashreplace").decode(file.encoding or "utf-8")
+    try:
+        print(("\r\033[K" if on_terminal else "") + line, file=file, end=end if on_terminal else "\n", flush=True)
+    except OSError:  # nobody reads any more, as after `| head`: no reason to end a run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def shorten(value, length=60):
@@ -166,6 +172,8 @@ def parse_flags(args_class, tiny, argv=None):
         tiny = {name: value for name, value in checkpoint["args"].items() if name in known}
     if args.resume or args.model == "tiny":
         args = parse(args_class, argv, args_class(**tiny), description)
+    if args.resume and (":" in args.reward or args.trust_remote_code):
+        show(f"--resume runs code: --reward {args.reward}, --trust-remote-code {args.trust_remote_code}", sys.stderr)
     return args, checkpoint
 
 
@@ -173,14 +181,15 @@ def check_flags(args, script, world_size, checkpoint):
     """Raise `InputError` for the first flag with a value that makes no sense, or that a resumed run may not change."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        require(not isinstance(value, float) or math.isfinite(value), flag(name), "a finite number", value)
+        finite = not isinstance(value, (int, float)) or abs(value) < 2**63
+        require(finite, flag(name), "a finite number of 63 bits", value)
         for expected, holds in getattr(hint, "__metadata__", ()):
             require(holds(value), flag(name), expected, value)
-    require(args.seed < 2**63, "--seed", "a number of 63 bits", args.seed)
     require(args.kl_coef or not args.kl_target, "--kl-target", "a positive --kl-coef to adapt", args.kl_coef)
     smallest = args.batch_size // 5 + 1 if args.kl_target else 0  # or beta could become negative
     require(args.kl_horizon >= smallest, "--kl-horizon", f"at least {smallest}", args.kl_horizon)
-    require(args.total_episodes >= args.batch_size, "--total-episodes", "at least --batch-size", args.total_episodes)
+    enough = args.total_episodes >= args.batch_size or not args.total_episodes
+    require(enough, "--total-episodes", "at least --batch-size, or 0 to evaluate and not train", args.total_episodes)
     group, per_rank = args.samples_per_prompt * world_size, args.batch_size // world_size
     multiple = f"a multiple of {group} (--samples-per-prompt times ranks)"
     require(args.batch_size % group == 0, "--batch-size", multiple, args.batch_size)
@@ -199,8 +208,6 @@ def check_flags(args, script, world_size, checkpoint):
 
 
 # ===== Runs: ranks, randomness, statistics, files =====
-
-
 def start_ranks(device):
     """Join torchrun's process group, if there is one: "auto", "cpu" or "cuda" -> rank, world_size, this rank's device.
 
@@ -303,7 +310,12 @@ def sum_and_clip_gradients(network, max_grad_norm):
         gradients = [parameter.grad for parameter in trained]
         vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-    require(math.isfinite(norm), f"gradient of the {type(network).__name__}", "finite; try a lower learning rate", norm)
+    require(
+        math.isfinite(norm),
+        f"gradient of the {type(network).__name__}",
+        "finite; try a lower learning rate, or --reward-clip",
+        norm,
+    )
     return norm
 
 
@@ -315,6 +327,9 @@ def start_run(script, args, episode):
     parts = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
     run_dir = args.resume or str(Path(args.output_dir, f"{'__'.join(map(str, parts))}-{os.getpid()}"))
     writer = SummaryWriter(run_dir, purge_step=episode + 1 if args.resume else None)
+    writer.lock = open(Path(run_dir, "lock"), "w")  # held as long as this process lives
+    with blame(f"{run_dir} is in use by another process"):
+        fcntl.lockf(writer.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     for summary in hparams(asdict(args), {"eval/score": 0}):  # TensorBoard's HPARAMS tab
         writer.file_writer.add_summary(summary)
@@ -350,8 +365,6 @@ def load_checkpoint(run_dir):
 
 
 # ===== Models =====
-
-
 def character_tokenizer(characters):
     """A tokenizer with one token per character, and `<end>` as end and padding token. Unknown characters raise."""
     vocabulary = {token: index for index, token in enumerate(["<end>", *sorted(set(characters))])}
@@ -370,23 +383,22 @@ def load_tokenizer(model, rows, trust_remote_code=False):
         return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
-def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False):
-    """A causal language model in float32 on the CPU, in evaluation mode, with every dropout at 0.
+def load_policy(args, tokenizer, ids):
+    """The causal language model of --model in float32 on the CPU, in evaluation mode, with every dropout at 0.
 
-    Args:
-        model: folder or hub name of a checkpoint, or "tiny" for a GPT-2 of about 100k random parameters from `seed`.
-        context_length: P + R, the number of positions that the model has to have.
-    Raises:
-        InputError: if there is no such checkpoint, or its context is too short.
+    "tiny" is a GPT-2 of about 100k random parameters from --seed. Raises `InputError` if there is no such checkpoint,
+    it is not whole, or does not fit `ids`, the lists of ids of all prompts.
     """
+    model, code = args.model, args.trust_remote_code
+    context_length = max(map(len, ids)) + args.response_length
     if model == "tiny":
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
         size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
         # The activation of GPT-2's own default is several kernels.
-        config = transformers.GPT2Config(**size, **ids, activation_function="gelu_pytorch_tanh")
+        config = transformers.GPT2Config(**size, **special, activation_function="gelu_pytorch_tanh")
     else:
         with blame(f"--model: expected `tiny` or a checkpoint, found {model!r}"):
-            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=code)
     # With dropout the loss would score another policy than the one that sampled, and PPO's ratio would not start at 1.
     text_config = config.get_text_config()
     for name, value in vars(text_config).items():
@@ -395,11 +407,17 @@ def load_policy(model, tokenizer, context_length, seed, trust_remote_code=False)
     positions = getattr(text_config, "max_position_embeddings", None) or math.inf
     expected = f"prompt and response to fit the {positions} positions of {model}"
     require(context_length <= positions, "--response-length", expected, f"{context_length} with the longest prompt")
-    settings = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    settings = dict(config=config, dtype=torch.float32, trust_remote_code=code, output_loading_info=True)
     with torch.random.fork_rng(devices=[]), blame(f"--model: expected a causal language model in {model!r}"):
-        torch.manual_seed(seed)
-        auto_class = transformers.AutoModelForCausalLM
-        policy = auto_class.from_config(config) if model == "tiny" else auto_class.from_pretrained(model, **settings)
+        torch.manual_seed(args.seed)
+        if model == "tiny":
+            policy, missing = transformers.AutoModelForCausalLM.from_config(config), []
+        else:
+            policy, keys = transformers.AutoModelForCausalLM.from_pretrained(model, **settings)
+            missing = sorted(keys["missing_keys"])
+    require(not missing, "--model", f"all weights of the model in {model!r}", f"none for {missing}")
+    rows, largest = policy.get_input_embeddings().weight.shape[0], max(map(max, ids))
+    require(largest < rows, "--model", f"a tokenizer of the {rows} ids that the model has", f"id {largest} in a prompt")
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # it would stop the gradient of the padding id, which may be an end token
@@ -449,11 +467,17 @@ def copy_weights(source, target):
 
 
 def save_model(model, tokenizer, folder):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails."""
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails.
+
+    It is written under another name and renamed: a folder is whole or not there.
+    """
     transformers.utils.logging.disable_progress_bar()
     with blame(f"writing {folder}"):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        for part in (model, tokenizer):
+            part.save_pretrained(f"{folder}.tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(f"{folder}.tmp", folder)
 
 
 def end_token_ids(tokenizer, model):
@@ -466,8 +490,6 @@ def end_token_ids(tokenizer, model):
 
 
 # ===== Passes over a batch: a prompt is run once for all its responses, and columns that no row needs are cut =====
-
-
 def position_ids(attention_mask):
     """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -537,8 +559,6 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
 
 
 # ===== Log-probabilities =====
-
-
 def response_logits(model, sequences, attention_mask, args):
     """Logits of the responses, divided by the sampling temperature.
 
@@ -623,8 +643,6 @@ def batched_logprobs(model, sequences, attention_mask, micro_batches, args):
 
 
 # ===== Prompts =====
-
-
 @dataclass
 class Prompts:
     """Rows of a data set: N dictionaries with `prompt` and any other columns, and the N lists of the prompts' ids."""
@@ -635,6 +653,10 @@ class Prompts:
     def select(self, indices):
         """The prompts at `indices`, in that order."""
         return Prompts([self.rows[i] for i in indices], [self.ids[i] for i in indices])
+
+    def digest(self):
+        """A number that tells whether prompts are the same."""
+        return zlib.crc32(json.dumps(self.rows).encode())
 
     def padded(self, device="cpu"):
         """Ids and mask of real tokens, (N, P) each, left-padded to the longest of these prompts."""
@@ -695,7 +717,8 @@ def encode_prompts(tokenizer, rows, prompt_length):
     kinds = {type(text) for text in texts}
     require(len(kinds) == 1, "prompts", "texts, or lists of messages, and not both", kinds)
     require(kinds == {str} or tokenizer.chat_template, "--model", "a chat template, since prompts are messages", None)
-    ids = tokenizer(texts).input_ids if kinds == {str} else [None] * len(texts)
+    with blame("prompts: a character that the tokenizer of --model does not know"):
+        ids = tokenizer(texts).input_ids if kinds == {str} else [None] * len(texts)
     for number, text in enumerate(texts):
         where = f"row {number + 1} ({shorten(text)})"
         if kinds == {list}:
@@ -721,21 +744,23 @@ def split_prompts(prompts, eval_size):
     return prompts.select(train), prompts.select(order[:num_held_out])
 
 
-def load_prompts(args):
-    """The tokenizer of --model, and training and held-out `Prompts`."""
+def load_prompts(args, checkpoint=None):
+    """The tokenizer of --model, and training and held-out `Prompts`, which must be those of the checkpoint, if any."""
     columns = args.prompt_column, args.reference_column
     rows = load_rows(args.dataset, "--dataset", *columns)
     eval_rows = load_rows(args.eval_dataset, "--eval-dataset", *columns)[: args.eval_size] if args.eval_dataset else []
     tokenizer = load_tokenizer(args.model, rows + eval_rows, args.trust_remote_code)
-    prompts = encode_prompts(tokenizer, rows, args.prompt_length)
+    train = encode_prompts(tokenizer, rows, args.prompt_length)
     if eval_rows:
-        return tokenizer, prompts, encode_prompts(tokenizer, eval_rows, args.prompt_length)
-    return tokenizer, *split_prompts(prompts, args.eval_size)
+        held_out = encode_prompts(tokenizer, eval_rows, args.prompt_length)
+    else:
+        train, held_out = split_prompts(train, args.eval_size)
+    same = not checkpoint or checkpoint["data"] == train.digest()
+    require(same, "--dataset", f"the prompts that {args.resume} began with", f"others in {args.dataset}")
+    return tokenizer, train, held_out
 
 
 # ===== Rollout =====
-
-
 def mask_through_first_end(responses, end_ids):
     """(B, R) ids -> (B, R) booleans: True up to and including the first end token."""
     is_end = torch.isin(responses, torch.tensor(end_ids, device=responses.device))
@@ -889,8 +914,6 @@ def decode(tokenizer, responses, response_mask):
 
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
-
-
 def match_reward(prompts, responses, reference, **columns):
     """Share of the reference's characters that are at their place in the response, its end counted as one more."""
     pairs = [(response, str(text)) for response, text in zip(responses, reference)]
@@ -1001,38 +1024,60 @@ def load_reward(args, device, rows):
             spec.loader.exec_module(module)
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
-    score_responses(reward_fn, args, rows[:1], [""])
+    is_async = inspect.iscoroutinefunction(reward_fn)
+    require(not is_async, "--reward", "a function that returns scores", f"async def {function}")
+    score_responses(reward_fn, args, rows[:1], [""], {"ended": [True], "num_tokens": [1]})
     return reward_fn
 
 
-def score_responses(reward_fn, args, rows, responses):
-    """Call the reward function and check what it returns.
+@contextlib.contextmanager
+def restored_state():
+    """Undo what the user's code inside does to the settings of torch and to the current directory."""
+    dtype, device, grad, folder = torch.get_default_dtype(), None, torch.is_grad_enabled(), os.getcwd()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        torch.set_grad_enabled(grad)
+        os.chdir(folder)
+
+
+def score_responses(reward_fn, args, rows, responses, facts):
+    """Call the reward function, on copies, and check what it returns: scores, or scores and a dictionary of parts.
 
     Args:
         rows: N rows of a data set. responses: N * k texts, the k of one prompt next to each other.
+        facts: lists with an entry for each response, which the function gets if it has a parameter of that name:
+            `ended`, False for a response that was cut at the length limit, and `num_tokens`.
     Returns:
-        scores: (N * k,) float32 tensor on the CPU, clipped to plus and minus --reward-clip.
+        scores: (N * k,) float32 tensor on the CPU, clipped to plus and minus --reward-clip; and the parts as such.
     Raises:
         InputError: naming the reward and the prompt, if it raises or does not return that many finite numbers.
     """
-    rows = [row for row in rows for _ in range(len(responses) // len(rows))]
-    columns = {column: [row[column] for row in rows] for column in rows[0]}
-    with blame(f"--reward {args.reward}"):
-        scores = reward_fn(columns.pop("prompt"), responses, **columns)
-    scores = scores.tolist() if isinstance(scores, (torch.Tensor, np.ndarray)) else scores
-    is_list = isinstance(scores, (list, tuple)) and len(scores) == len(responses)
-    require(is_list, f"--reward {args.reward}", f"a list of {len(responses)} scores", scores)
-    for score, row, response in zip(scores, rows, responses):
-        if not (isinstance(score, numbers.Real) and abs(score) <= torch.finfo(torch.float32).max):
-            where = f"--reward {args.reward}, prompt {shorten(row['prompt'])}, response {shorten(response)}"
-            require(False, where, "a finite number", score)
-    scores = torch.tensor([float(score) for score in scores])
-    return scores.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else scores
+    rows, name = [row for row in rows for _ in range(len(responses) // len(rows))], f"--reward {args.reward}"
+    columns = copy.deepcopy({column: [row[column] for row in rows] for column in rows[0]})
+    wanted = inspect.signature(reward_fn).parameters
+    columns |= {fact: list(values) for fact, values in facts.items() if fact in wanted}
+    with blame(name), restored_state():
+        returned = reward_fn(columns.pop("prompt"), list(responses), **columns)
+        has_parts = isinstance(returned, tuple) and isinstance(returned[-1], dict)
+        scores, parts = returned if has_parts else (returned, {})
+        parts = {"scores": scores} | parts
+        parts = {part: values.tolist() if hasattr(values, "tolist") else values for part, values in parts.items()}
+    for part, values in parts.items():
+        is_list = isinstance(values, (list, tuple)) and len(values) == len(responses)
+        require(is_list, name, f"a list of {len(responses)} {part}", values)
+        for value, row, response in zip(values, rows, responses):
+            if not (isinstance(value, numbers.Real) and abs(value) <= torch.finfo(torch.float32).max):
+                where = f"{name}, prompt {shorten(row['prompt'])}, response {shorten(response)}"
+                require(False, where, f"finite {part}", value)
+        parts[part] = torch.tensor([float(value) for value in values])
+    scores = parts.pop("scores")
+    return scores.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else scores, parts
 
 
 # ===== What a reader sees =====
-
-
 def log_evaluation(writer, episode, means, rows, texts, scores):
     """Log the means of an evaluation and eight samples, and print the means and three of the samples."""
     triples = zip(rows[:8], texts, scores.tolist())

@@ -89,8 +89,8 @@ class Args:
     """the logit of --reward model:NAME that is the score, counted from 0, or from the end with -1"""
     reward_clip: NonNegative[float] = 0.0
     """scores are clipped to plus and minus this; 0 for no limit"""
-    total_episodes: Positive[int] = 10_240
-    """responses to train on, rounded down to whole batches"""
+    total_episodes: NonNegative[int] = 10_240
+    """responses to train on, rounded down to whole batches; 0 only evaluates the model"""
     batch_size: Positive[int] = 128
     """responses per iteration, over all ranks"""
     samples_per_prompt: Positive[int] = 4
@@ -212,12 +212,11 @@ def main(args, checkpoint=None):
     common.check_flags(args, script, world_size, checkpoint)
     local_batch_size = args.batch_size // world_size  # responses on this rank
     num_iterations = args.total_episodes // args.batch_size
-    tokenizer, train_prompts, eval_prompts = common.load_prompts(args)
+    tokenizer, train_prompts, eval_prompts = common.load_prompts(args, checkpoint)
     reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
     expected = f"a held-out prompt for each of the {world_size} ranks"
     common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
-    context_length = max(map(len, train_prompts.ids + eval_prompts.ids)) + args.response_length
-    policy = common.load_policy(args.model, tokenizer, context_length, args.seed, args.trust_remote_code)
+    policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
     end_ids = common.end_token_ids(tokenizer, policy)
     # Sampling in bfloat16 reads half the memory; the policy's own weights stay in float32.
     sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
@@ -249,7 +248,7 @@ def main(args, checkpoint=None):
         """Responses of the current policy to n `Prompts`.
 
         Returns:
-            sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), and n k texts.
+            sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
         """
         if sampler is not policy:
             common.copy_weights(policy, sampler)
@@ -259,13 +258,15 @@ def main(args, checkpoint=None):
         )
         sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
         attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
-        return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask)
+        facts = {"ended": common.has_ended(responses, end_ids).tolist(), "num_tokens": response_mask.sum(1).tolist()}
+        return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask), facts
 
     def evaluate(episode):
         """Mean scores of greedy responses to the held-out prompts, over all ranks; they are logged and shown."""
         prompts = eval_prompts.select(range(rank, len(eval_prompts.rows), world_size))  # this rank's
-        *_, texts = sample(prompts, greedy=True)
-        scores = {"eval/score": common.score_responses(reward_fn, args, prompts.rows, texts)}  # (n,)
+        *_, texts, facts = sample(prompts, greedy=True)
+        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (n,)
+        scores = {"eval/score": scores} | {f"eval/{name}": values for name, values in parts.items()}
         if args.reward in ("match", "exact"):  # elsewhere responses are not meant to equal the reference
             scores["eval/exact"] = torch.tensor(
                 common.exact_reward(None, texts, [row["reference"] for row in prompts.rows])
@@ -283,12 +284,10 @@ def main(args, checkpoint=None):
         num_prompts = local_batch_size // args.samples_per_prompt
         start = ((iteration - 1) * world_size + rank) * num_prompts
         prompts = train_prompts.select(common.prompt_indices(len(train_prompts.rows), start, num_prompts, args.seed))
-        sequences, attention_mask, sampler_logprobs, texts = sample(  # (B, P+R), (B, P+R), (B, R)
-            prompts,
-            args.samples_per_prompt,
-            generator=make_generator(device, args.seed, iteration, rank),
+        generator = make_generator(device, args.seed, iteration, rank)
+        sequences, attention_mask, sampler_logprobs, texts, facts = sample(  # (B, P+R), (B, P+R), (B, R)
+            prompts, args.samples_per_prompt, generator=generator
         )
-        responses = sequences[:, -args.response_length :]  # (B, R)
         response_mask = attention_mask[:, -args.response_length :]  # (B, R)
         rollout_seconds = time.time() - iteration_start
 
@@ -301,8 +300,8 @@ def main(args, checkpoint=None):
             logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
-        scores = common.score_responses(reward_fn, args, prompts.rows, texts).to(device)  # (B,)
-        ended = common.has_ended(responses, end_ids)  # (B,)
+        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (B,)
+        scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
         if reference is not None:
             ref_logprobs = common.batched_logprobs(reference, *batch, micro_batches, args)
@@ -312,7 +311,7 @@ def main(args, checkpoint=None):
             "objective/return": common.mean(rewards.sum(1)).item(),
             "objective/response_length": common.mean(response_mask.sum(1).float()).item(),
             "objective/ended": common.mean(ended.float()).item(),
-        }
+        } | {f"reward/{name}": common.mean(values.to(device)).item() for name, values in parts.items()}
         if reference is not None:
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": carried["kl_coef"]}
@@ -322,9 +321,9 @@ def main(args, checkpoint=None):
         returns = discounted_returns(rewards, args.gamma)  # (B, R)
         greedy_scores = None
         if args.baseline == "greedy":
-            *_, greedy_texts = sample(prompts, greedy=True)
-            greedy_scores = common.score_responses(reward_fn, args, prompts.rows, greedy_texts).to(device)  # (B/k,)
-            greedy_scores = greedy_scores.repeat_interleave(args.samples_per_prompt)  # (B,)
+            *_, texts, facts = sample(prompts, greedy=True)
+            greedy_scores, _ = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (B/k,)
+            greedy_scores = greedy_scores.to(device).repeat_interleave(args.samples_per_prompt)  # (B,)
         ema = carried["ema_baseline"]
         baseline = compute_baseline(  # (B,)
             args.baseline, returns[:, 0], args.samples_per_prompt, ema or 0.0, greedy_scores
@@ -370,7 +369,7 @@ def main(args, checkpoint=None):
             carried["after"] = evaluate(episode)
         if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
             state = {name: part.state_dict() for name, part in trained.items()}
-            state |= {"script": script, "args": asdict(args), "world_size": world_size}
+            state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
             common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
 
     # ===== Finish (shared by all three scripts) =====
@@ -382,7 +381,8 @@ def main(args, checkpoint=None):
         summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}
         summary |= {"run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print("final", *(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()))
+        figures = [f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()]
+        common.show(f"final {' '.join(figures)}")
     if world_size > 1:
         dist.destroy_process_group()
 

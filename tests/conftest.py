@@ -133,6 +133,12 @@ def finish(processes, outputs):
         assert process.exitcode == 0, Path(output).read_text()
 
 
+def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=False):
+    """`common.load_policy` for one prompt and response of `context_length` tokens."""
+    flags = argparse.Namespace(model=model, seed=seed, trust_remote_code=trust_remote_code, response_length=1)
+    return common.load_policy(flags, tokenizer, [[0] * (context_length - 1)])
+
+
 def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, **settings):
     """`common.rollout` with the flags that it reads given by name."""
     flags = dict(response_length=response_length, temperature=1.0, rollout_batch_size=2**20, cuda_graph=True)

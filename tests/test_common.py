@@ -187,7 +187,7 @@ def test_reward_functions_get_prompts_responses_and_columns(tmp_path):
     )
     rows = [{"prompt": "ab", "letter": "x", "reference": 1}, {"prompt": "abb", "letter": "y", "reference": 2}]
     reward_fn = common.load_reward(Args(reward=f"{path}:count"), "cpu", rows)
-    scores = common.score_responses(reward_fn, Args(), rows, ["xx", "y", "yy", "x"])
+    scores = common.score_responses(reward_fn, Args(), rows, ["xx", "y", "yy", "x"], {})[0]
     assert scores.tolist() == [122.0, 102.0, 223.0, 203.0]
 
 
@@ -204,12 +204,12 @@ ROW_1, ROW_2 = "prompt 'a', response 'w'", "prompt 'b', response 'z'"
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("[None, 1.0, 1.0, 1.0]", f", {ROW_1}: expected a finite number, found None"),
-        ("[1.0, 1.0, 1.0, float('nan')]", f", {ROW_2}: expected a finite number, found nan"),
-        ("[1.0, 1.0, 1.0, float('inf')]", f", {ROW_2}: expected a finite number, found inf"),
-        ("[1.0, 1.0, 1.0, -1e39]", f", {ROW_2}: expected a finite number, found -1e+39"),
-        ("[1.0, 1.0, 1.0, 10**400]", f", {ROW_2}: expected a finite number, found 1000"),
-        ("['1', 1.0, 1.0, 1.0]", f", {ROW_1}: expected a finite number, found '1'"),
+        ("[None, 1.0, 1.0, 1.0]", f", {ROW_1}: expected finite scores, found None"),
+        ("[1.0, 1.0, 1.0, float('nan')]", f", {ROW_2}: expected finite scores, found nan"),
+        ("[1.0, 1.0, 1.0, float('inf')]", f", {ROW_2}: expected finite scores, found inf"),
+        ("[1.0, 1.0, 1.0, -1e39]", f", {ROW_2}: expected finite scores, found -1e+39"),
+        ("[1.0, 1.0, 1.0, 10**400]", f", {ROW_2}: expected finite scores, found 1000"),
+        ("['1', 1.0, 1.0, 1.0]", f", {ROW_1}: expected finite scores, found '1'"),
         ("[1.0]", ": expected a list of 4 scores, found [1.0]"),
         ("None", ": expected a list of 4 scores, found None"),
         ("[1 / (p != 'b') for p in prompts]", ": ZeroDivisionError: division by zero (<string>:1)"),
@@ -219,7 +219,7 @@ ROW_1, ROW_2 = "prompt 'a', response 'w'", "prompt 'b', response 'z'"
 def test_broken_rewards_name_the_reward_and_the_prompt(body, message):
     reward_fn = eval(f"lambda prompts, responses, **columns: {body}")
     with pytest.raises(InputError) as error:
-        common.score_responses(reward_fn, Args(reward="mine"), [{"prompt": "a"}, {"prompt": "b"}], list("wxyz"))
+        common.score_responses(reward_fn, Args(reward="mine"), [{"prompt": "a"}, {"prompt": "b"}], list("wxyz"), {})
     assert str(error.value).startswith(f"--reward mine{message}")
 
 

@@ -9,7 +9,7 @@ import common
 
 import pytest
 import torch
-from conftest import SCRIPTS, SHAPES, error_line, recorded_gradients, rollout, run_main, tiny_model
+from conftest import SCRIPTS, SHAPES, error_line, load_policy, recorded_gradients, rollout, run_main, tiny_model
 from test_rollout import ragged_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
@@ -179,7 +179,7 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
     tokenizer = common.character_tokenizer("0123456789")
     for load in (
         lambda **trust: common.load_tokenizer(str(tmp_path), [], **trust),
-        lambda **trust: common.load_policy(str(tmp_path), tokenizer, 8, 1, **trust),
+        lambda **trust: load_policy(str(tmp_path), tokenizer, 8, 1, **trust),
         lambda **trust: common.RewardModel(str(tmp_path), **trust),
     ):
         with pytest.raises(common.InputError):
@@ -251,4 +251,4 @@ def test_weights_are_float32_whatever_the_checkpoint_holds(model_folder):
     assert all(
         p.dtype == torch.bfloat16 for p in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").parameters()
     )
-    assert all(p.dtype == torch.float32 for p in common.load_policy(folder, None, 8, seed=1).parameters())
+    assert all(p.dtype == torch.float32 for p in load_policy(folder, None, 8, seed=1).parameters())

@@ -9,7 +9,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import run_main, tiny_model
+from conftest import load_policy, run_main, tiny_model
 from test_reinforce import MASK, RESPONSES, SCORES
 
 
@@ -40,7 +40,7 @@ def test_training_reaches_the_closed_form_optimum(script, flags, tmp_path):
     run += ["--kl-coef", 0.5, "--response-length", 2, "--batch-size", 64, "--save-every", 0, "--device", "cpu"]
     run_main(script, *run, *flags)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    trained = common.load_policy(str(run_dir / "model"), None, 4, seed=1)
+    trained = load_policy(str(run_dir / "model"), None, 4, seed=1)
     args, beta = Args(dtype="float32", response_length=2), 0.5
     for prompt in ([2, 1], [2, 2]):
         sequences = torch.cat([torch.tensor([prompt]).expand(7, 2), RESPONSES], 1)

@@ -16,7 +16,7 @@ from reinforce_lm import (
 
 import pytest
 import torch
-from conftest import recorded_gradients, run_main, tiny_model
+from conftest import load_policy, recorded_gradients, run_main, tiny_model
 
 # Every response of a vocabulary of 3 with at most 2 tokens, where 0 is the end token: [0] is one, [1, 1] is another.
 RESPONSES = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])
@@ -244,6 +244,6 @@ def test_reference_is_only_kept_when_it_is_paid_for(tmp_path, monkeypatch):
     assert not copies
     one_step_gradient(tmp_path, "--kl-coef", 0.1)
     assert len(copies) == 1
-    fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    fresh = load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
     for reference_weight, weight in zip(copies[0].parameters(), fresh.parameters()):
         assert torch.equal(reference_weight, weight) and not reference_weight.requires_grad

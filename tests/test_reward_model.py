@@ -5,7 +5,7 @@ import reinforce_lm
 
 import pytest
 import torch
-from conftest import error_line, rollout, run_main, tiny_model
+from conftest import error_line, load_policy, rollout, run_main, tiny_model
 from safetensors.torch import load_file, save_file
 from test_runs import scalars
 from transformers import (
@@ -57,7 +57,7 @@ def test_scores_are_the_logits_of_single_texts(classifier):
         expected = [model(**tokenizer(p + r, return_tensors="pt")).logits[0, logit] for p, r in zip(prompts, responses)]
         torch.testing.assert_close(reward_fn(prompts, responses), torch.stack(expected), rtol=1e-4, atol=1e-5)
     args = reinforce_lm.Args(reward="model", reward_clip=0.01)
-    clipped = common.score_responses(reward_fn, args, [{"prompt": p} for p in prompts], responses)
+    clipped, _ = common.score_responses(reward_fn, args, [{"prompt": p} for p in prompts], responses, {})
     torch.testing.assert_close(clipped, torch.stack(expected).clamp(-0.01, 0.01), rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_the_policy_learns_to_please_it(classifier, tmp_path):
     tokenizer = common.load_tokenizer(str(run_dir / "model"), [])
     prompts = torch.tensor(tokenizer(["01234", "56890", "31313", "98654"]).input_ids)
     policies = [AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()]
-    policies.append(common.load_policy("tiny", tokenizer, 11, seed=1))
+    policies.append(load_policy("tiny", tokenizer, 11, seed=1))
     share = []
     for policy in policies:
         responses, mask, _ = rollout(

@@ -9,7 +9,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import rollout, tiny_model
+from conftest import load_policy, rollout, tiny_model
 from transformers import AutoModelForCausalLM
 
 KINDS = ["gpt2", "llama"]
@@ -131,7 +131,7 @@ def test_dropout_is_off(settings, model_folder):
     ids = torch.arange(1, 9)[None]
     noisy = AutoModelForCausalLM.from_pretrained(folder).train()
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits), "the checkpoint has dropout"
-    model = common.load_policy(folder, tokenizer, 16, seed=1).train()
+    model = load_policy(folder, tokenizer, 16, seed=1).train()
     assert torch.equal(model(ids).logits, model(ids).logits)
     torch.testing.assert_close(model(ids).logits, noisy.eval()(ids).logits)
 
@@ -140,7 +140,7 @@ def test_dropout_is_off(settings, model_folder):
 def test_an_end_token_that_is_also_the_padding_is_trained_as_an_input(kind, model_folder):
     """Embedding layers stop the gradient of the configured padding id, unless they are told not to."""
     folder = model_folder(kind, pad_token_id=0, tie_word_embeddings=False)
-    model = common.load_policy(folder, None, 8, seed=1)
+    model = load_policy(folder, None, 8, seed=1)
     model(torch.tensor([[1, 0, 2]])).logits[0, -1, 3].backward()
     assert (model.get_input_embeddings().weight.grad[:3].abs().sum(1) > 0).all()
 

@@ -10,7 +10,7 @@ from trpo_lm import Args
 
 import pytest
 import torch
-from conftest import run_main, tiny_model
+from conftest import load_policy, run_main, tiny_model
 from test_reinforce import MASK, SCORES, Enumerated
 from test_runs import scalars
 from transformers.models.llama import modeling_llama
@@ -318,7 +318,7 @@ def test_every_accepted_step_keeps_the_trust_region_and_gains(tmp_path, monkeypa
     monkeypatch.setattr(trpo_lm, "surrogate_gradient", recording_gradient)
     logged = trpo_run(tmp_path, "--total-episodes", 32 * 12, "--max-kl", 0.02)
     assert len(updates) == 12 and sum(logged["trpo/accepted"]) >= 6
-    policy = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    policy = load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
     for i, update in enumerate(updates):
         sequences, attention_mask, mask = update["batch"]
         logits = []
@@ -357,7 +357,7 @@ def test_broken_products_leave_the_policy_alone(broken, tmp_path, monkeypatch, c
     assert "policy not updated" in capsys.readouterr().out
     (run_dir,) = (tmp_path / "run0").iterdir()
     saved = trpo_lm.common.transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    fresh = common.load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    fresh = load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
     for weight, expected in zip(saved.parameters(), fresh.parameters()):
         assert torch.equal(weight, expected)
 
