@@ -76,7 +76,11 @@ def require(condition, name, expected, found):
 
 @contextlib.contextmanager
 def blame(name):
-    """Turn whatever goes wrong inside into an `InputError` that begins with `name`: a flag, a row or a file."""
+    """Turn whatever goes wrong inside into an `InputError` that begins with `name`: a flag, a row or a file.
+
+    Settings of torch and the current folder are put back: a reward, or code that comes with a model, may change them.
+    """
+    dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), os.getcwd()
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -84,6 +88,11 @@ def blame(name):
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(f"{name}: {type(error).__name__}: {error} ({last.filename}:{last.lineno})") from error
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.set_grad_enabled(grad)
+        os.chdir(folder)
 
 
 @contextlib.contextmanager
@@ -257,23 +266,19 @@ def all_reduce(tensor):
     return tensor
 
 
-def masked_mean(values, mask):
-    """Mean of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar.
+def mean(values, mask=None):
+    """Mean of `values`, where `mask` is True if there is one, over all ranks: two tensors of one shape -> scalar.
 
     Summed in float64, so that the mean of equal values is that value: a rounding error would be taken for an advantage.
     """
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(values.dtype)
 
 
-def mean(values):
-    """Mean of `values` over all ranks."""
-    return masked_mean(values, torch.ones_like(values, dtype=torch.bool))
-
-
-def masked_variance(values, mask):
+def variance(values, mask):
     """Population variance of `values` where `mask` is True, over all ranks: two tensors of one shape -> scalar."""
-    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    return mean((values - mean(values, mask)) ** 2, mask)
 
 
 def whiten(values, mask, shift_mean=True):
@@ -281,8 +286,8 @@ def whiten(values, mask, shift_mean=True):
 
     Both are taken over the True entries of `mask` on all ranks.
     """
-    shift = masked_mean(values, mask) if shift_mean else 0.0
-    return ((values - shift) / (masked_variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
+    shift = mean(values, mask) if shift_mean else 0.0
+    return ((values - shift) / (variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
 
 
 def add_sums(sums, mask, values):
@@ -299,8 +304,7 @@ def means_over_ranks(sums, count):
 def sum_and_clip_gradients(network, max_grad_norm):
     """Sum the gradients of all ranks in place, clip their norm to `max_grad_norm`, and return the norm before clipping.
 
-    Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged. Raises `InputError`
-    if a gradient is not finite.
+    Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -339,8 +343,7 @@ def start_run(script, args, episode):
 def save_checkpoint(run_dir, iteration, state, keep=2):
     """Write `state` to run_dir/checkpoint_{iteration}.pt and delete all but the newest `keep`.
 
-    The file is written under another name, flushed to the disk and renamed: a checkpoint is whole or not there. Raises
-    `InputError` if the disk is full or not writable; older checkpoints are then untouched.
+    The file is written under another name, flushed to the disk and renamed: a checkpoint is whole or not there.
     """
     path = Path(run_dir, f"checkpoint_{iteration:08d}.pt")
     unfinished = path.with_suffix(".tmp")
@@ -432,8 +435,8 @@ def prepare(network, device, args):
     network.to(device)
     if args.activation_checkpointing:
         checkpoint_activations(network)
-    if args.compile:
-        network.compile()
+    if args.compile:  # of a critic, the layers
+        next(module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)).compile()
     return network
 
 
@@ -535,15 +538,11 @@ class ResponseLayer(DynamicLayer):
 
 
 def share_prompts(network, sequences, attention_mask, num_outputs):
-    """Run each distinct prompt once, and return what `network` is to be called with for the rest of the rows.
+    """Run each distinct prompt of the (b, L) rows once, and return what `network` is to be called with for the rest.
 
-    The outputs of that call are, at least, those of the last `num_outputs` columns. The prompts' pass has a gradient,
-    which is the sum over the rows that share a prompt. The last token of a prompt stays with each of its rows, since
-    it is the first that has an output.
-
-    Args:
-        network: takes input_ids and so on; its outputs for the prompts are not used, but for the cache it fills.
-        sequences, attention_mask: (b, L) ids and where they are real.
+    The prompts' pass fills a cache, with a gradient: the sum over the rows that share a prompt. The call that is left
+    has the outputs of, at least, the last `num_outputs` columns. The first of them is the prompt's last token, which
+    therefore stays with each row.
     """
     inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
     length = sequences.shape[1] - num_outputs  # of what may be shared
@@ -560,12 +559,9 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
 
 # ===== Log-probabilities =====
 def response_logits(model, sequences, attention_mask, args):
-    """Logits of the responses, divided by the sampling temperature.
+    """Logits of the responses, divided by the sampling temperature: (b, P+R), (b, P+R) -> (b, r, V).
 
-    Args:
-        sequences, attention_mask: (b, P+R) prompts and responses, and where they are real.
-    Returns:
-        (b, r, V), for each response token given what stands before it, up to the longest response of these rows.
+    For each response token given what stands before it, up to r, the longest response of these rows.
     """
     sequences, attention_mask, length = trim(sequences, attention_mask, args.response_length)  # (b, p+r)
     with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -573,12 +569,11 @@ def response_logits(model, sequences, attention_mask, args):
         # The last token is only predicted.
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
         logits = model(**inputs, logits_to_keep=length).logits
-    return logits if args.temperature == 1 else full_precision(logits) / args.temperature
-
-
-def full_precision(logits):
-    """bfloat16 -> float32; anything else stays as it is."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
+    return (
+        logits
+        if args.temperature == 1
+        else logits.to(torch.promote_types(logits.dtype, torch.float32)) / args.temperature
+    )
 
 
 def token_statistics(logits, tokens):
@@ -589,7 +584,7 @@ def token_statistics(logits, tokens):
     """
 
     def of_rows(logits, tokens):  # (n, V), (n,) -> (n,), (n,)
-        log_p = full_precision(logits).log_softmax(-1)
+        log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     length = logits.shape[1]
@@ -605,15 +600,10 @@ def token_statistics(logits, tokens):
 
 
 def policy_logprobs(model, sequences, attention_mask, args):
-    """Log-probability of each response token and entropy of its distribution, at the sampling temperature.
+    """Log-probability of each response token and entropy of its distribution: (b, P+R), (b, P+R) -> (b, R), (b, R).
 
     The one way to a log-probability: of the policy in the loss, and, by `batched_logprobs`, of the old policy and the
     reference. So the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
-
-    Args:
-        sequences, attention_mask: (b, P+R) prompts and responses, and where they are real.
-    Returns:
-        logprobs, entropy: (b, R), (b, R).
     """
     logits = response_logits(model, sequences, attention_mask, args)  # (b, R, V)
     return token_statistics(logits, sequences[:, -args.response_length :])
@@ -621,15 +611,10 @@ def policy_logprobs(model, sequences, attention_mask, args):
 
 @torch.no_grad()
 def in_micro_batches(function, micro_batches, *tensors):
-    """Call `function` without gradient on the rows of each micro-batch, and put the results in the rows' places.
+    """Call `function` without gradient on the rows of each micro-batch: (B, ...) tensors -> (B, ...).
 
-    Args:
-        function: takes the rows of `tensors`, (b, ...) each, and returns a tensor (b, ...).
-        micro_batches: tensors of row indices, every row once. In bfloat16 the rounding error of a row depends on
-            the rows batched with it.
-        tensors: (B, ...) each.
-    Returns:
-        (B, ...)
+    function: takes the rows of `tensors`, (b, ...) each, and returns a tensor (b, ...).
+    micro_batches: tensors of row indices, every row once. In bfloat16 a row's rounding error depends on the others.
     """
     results = torch.cat([function(*[tensor[inds] for tensor in tensors]) for inds in micro_batches])
     return results[torch.cat(list(micro_batches)).argsort()]
@@ -732,7 +717,7 @@ def encode_prompts(tokenizer, rows, prompt_length):
 
 
 def split_prompts(prompts, eval_size):
-    """Training and held-out `Prompts`: `eval_size` are held out, at most a tenth, the same ones whatever the seed.
+    """Training and held-out `Prompts`: `eval_size`, at most a tenth, the same ones whatever the seed.
 
     Training rows with the prompt of a held-out row are left out.
     """
@@ -782,13 +767,10 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
 
     Args:
         prompts, prompt_mask: (N, P) left-padded ids and where they are real; a prompt is run once for all its samples.
-        end_ids: ids that end a response; the end token belongs to the response.
         greedy: take the most likely token instead of sampling.
     Returns:
         responses, response_mask, logprobs: (N * samples_per_prompt, R) each, samples of one prompt next to each other:
-            ids, True up to and including the first end token, and the sampler's log-probabilities; 0 after the end.
-    Raises:
-        InputError: if logits are not finite.
+            ids, True up to and including the first of `end_ids`, and the sampler's log-probabilities; 0 after the end.
     """
     prompts_at_once = max(1, args.rollout_batch_size // samples_per_prompt)
     end_tensor, on_cuda = torch.tensor(end_ids, device=prompts.device), prompts.device.type == "cuda"
@@ -839,8 +821,7 @@ class Decoder:
     def __init__(self, model, prompts, prompt_mask, samples_per_prompt, response_length, fixed_size):
         """Run the (n, P) prompts, once for all their samples. `self.logits` (b, V) score the first response token.
 
-        fixed_size: preallocate the cache, if the model has attention over all positions and nothing else. Raises
-        `InputError` if the model has another kind of cache, or none.
+        fixed_size: preallocate the cache, if the model has attention over all positions and nothing else.
         """
         room = torch.ones((len(prompts), response_length), dtype=torch.bool, device=prompts.device)
         self.attention_mask = torch.cat([prompt_mask, room], 1).long()  # (n, P+R)
@@ -952,10 +933,7 @@ class RewardModel:
     """
 
     def __init__(self, name, logit=-1, batch_size=64, device="cpu", trust_remote_code=False):
-        """Load the checkpoint `name`, in bfloat16 on CUDA, in float32 elsewhere. batch_size: texts at once.
-
-        Raises `InputError` if it cannot be loaded whole, or has no such `logit`.
-        """
+        """Load the checkpoint `name`, in bfloat16 on CUDA, in float32 elsewhere. batch_size: texts at once."""
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         settings = dict(dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         with blame(f"--reward: expected a sequence classifier in {name!r}"):
@@ -1000,11 +978,7 @@ class RewardModel:
 
 
 def load_reward(args, device, rows):
-    """The reward function of --reward: one of `REWARDS`, model:NAME_OR_FOLDER, or FILE.py:function.
-
-    It is tried on the first of `rows`, with an empty response. Raises `InputError` if there is no such function, or
-    the trial fails.
-    """
+    """The reward function of --reward, after a trial on the first of `rows`, with an empty response."""
     name, (path, _, function) = args.reward, args.reward.rpartition(":")
     if name in REWARDS:
         reward_fn = REWARDS[name]
@@ -1030,19 +1004,6 @@ def load_reward(args, device, rows):
     return reward_fn
 
 
-@contextlib.contextmanager
-def restored_state():
-    """Undo what the user's code inside does to the settings of torch and to the current directory."""
-    dtype, device, grad, folder = torch.get_default_dtype(), None, torch.is_grad_enabled(), os.getcwd()
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(device)
-        torch.set_grad_enabled(grad)
-        os.chdir(folder)
-
-
 def score_responses(reward_fn, args, rows, responses, facts):
     """Call the reward function, on copies, and check what it returns: scores, or scores and a dictionary of parts.
 
@@ -1059,7 +1020,7 @@ def score_responses(reward_fn, args, rows, responses, facts):
     columns = copy.deepcopy({column: [row[column] for row in rows] for column in rows[0]})
     wanted = inspect.signature(reward_fn).parameters
     columns |= {fact: list(values) for fact, values in facts.items() if fact in wanted}
-    with blame(name), restored_state():
+    with blame(name):
         returned = reward_fn(columns.pop("prompt"), list(responses), **columns)
         has_parts = isinstance(returned, tuple) and isinstance(returned[-1], dict)
         scores, parts = returned if has_parts else (returned, {})

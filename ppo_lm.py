@@ -400,10 +400,10 @@ def main(args, checkpoint=None):
             rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
         )
         returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
-        variance = common.masked_variance(returns, response_mask)
-        explained = 1 - common.masked_variance(advantages, response_mask) / variance
+        variance = common.variance(returns, response_mask)
+        explained = 1 - common.variance(advantages, response_mask) / variance
         metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
-        metrics["value/mean"] = common.masked_mean(values, response_mask).item()
+        metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
 
@@ -450,15 +450,15 @@ def main(args, checkpoint=None):
         logratio = (new_logprobs - logprobs).where(response_mask, 0.0)  # (B, R)
         ratio = logratio.exp()  # (B, R)
         metrics |= {
-            "policy/approx_kl": common.masked_mean(ratio - 1 - logratio, response_mask).item(),
+            "policy/approx_kl": common.mean(ratio - 1 - logratio, response_mask).item(),
             "policy/ratio_first_minibatch": 1 + steps[0]["policy/ratio_distance"],
-            "policy/sampler_gap": common.masked_mean((logprobs - sampler_logprobs).abs(), response_mask).item(),
+            "policy/sampler_gap": common.mean((logprobs - sampler_logprobs).abs(), response_mask).item(),
             "policy/update_epochs_done": len(steps) / args.num_minibatches,
             "policy/learning_rate": optimizer.param_groups[0]["lr"],
         }
         if args.surrogate == "clip":
             is_clipped = torch.where(advantages > 0, ratio > 1 + clip_coef_high, ratio < 1 - args.clip_coef)  # (B, R)
-            metrics["policy/clipfrac"] = common.masked_mean(is_clipped.float(), response_mask).item()
+            metrics["policy/clipfrac"] = common.mean(is_clipped.float(), response_mask).item()
         else:
             metrics["policy/penalty_coef"] = carried["penalty_coef"]
             carried["penalty_coef"] = adapt_penalty(

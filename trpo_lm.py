@@ -576,10 +576,10 @@ def main(args, checkpoint=None):
             rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
         )
         returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
-        variance = common.masked_variance(returns, response_mask)
-        explained = 1 - common.masked_variance(advantages, response_mask) / variance
+        variance = common.variance(returns, response_mask)
+        explained = 1 - common.variance(advantages, response_mask) / variance
         metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
-        metrics["value/mean"] = common.masked_mean(values, response_mask).item()
+        metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
 

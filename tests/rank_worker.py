@@ -37,7 +37,7 @@ def statistics():
     values = torch.tensor([[1.0, 2.0, 99.0], [4.0, -7.0, 5.0], [7.0, 7.0, 7.0], [8.0, 8.0, 8.0]])
     mask = torch.tensor([[True, True, False], [True, False, True], [False] * 3, [False] * 3])
     mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
-    mean, white = common.masked_mean(values[mine], mask[mine]), common.whiten(values[mine], mask[mine])
+    mean, white = common.mean(values[mine], mask[mine]), common.whiten(values[mine], mask[mine])
     layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
     for parameter in layers[0].parameters():  # the second is an expert that no token was routed to
         parameter.grad = torch.full_like(parameter, rank + 1.0)

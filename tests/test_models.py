@@ -217,9 +217,11 @@ def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch,
     monkeypatch.setattr(importlib.import_module("trpo_lm"), "fisher_vector_product", product)
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend=backend))
-    folder = model_folder("llama", pad_token_id=0, tie_word_embeddings=True)
-    plain, count = gradients(script, tmp_path, "--model", folder), len(compiled)
-    steps = gradients(script, tmp_path, "--model", folder, "--compile")
+    folder = model_folder("llama", pad_token_id=0, tie_word_embeddings=True, num_hidden_layers=1)
+    flags = ["--model", folder, "--total-episodes", 32]
+    flags += [] if script == "reinforce_lm" else ["--num-minibatches", 1, "--update-epochs", 1]
+    plain, count = gradients(script, tmp_path, *flags), len(compiled)
+    steps = gradients(script, tmp_path, *flags, "--compile")
     assert count == 0 and len(compiled) > 0
     for step, expected in zip(steps, plain, strict=True):
         torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ import itertools
 
 import common
 import reinforce_lm
-from common import masked_mean, policy_logprobs, response_logits, whiten
+from common import mean, policy_logprobs, response_logits, whiten
 from reinforce_lm import (
     Args,
     adapt_kl_coef,
@@ -129,7 +129,7 @@ def test_rewards_and_returns_by_hand():
 def test_equal_values_are_whitened_to_zero(value):
     values = torch.full((7, 9), value)
     mask = torch.arange(9) < torch.arange(1, 8)[:, None]
-    assert masked_mean(values, mask) == values[0, 0]
+    assert mean(values, mask) == values[0, 0]
     assert whiten(values, mask).count_nonzero() == 0
 
 
