@@ -57,6 +57,7 @@ class Recorded:
 
     def __init__(self, name, tmp_path, monkeypatch, *flags, iterations=1):
         self.module, self.batches, self.steps, forwards = importlib.import_module(name), [], [], []
+        self.value_losses = []
         self.truncation = "bootstrap" if "bootstrap" in flags else "terminal"
         (tmp_path / "mine.py").write_text(REWARD)
         (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{p}"}}\n' for p in PROMPTS.values()))
@@ -248,20 +249,29 @@ def check_critic(run, rows, parameters, gradient, critic, returns, old_values, c
         total, count = total + 0.5 * errors.amax(0).sum(), count + len(values)
         clipped += (errors[1] > errors[0]).sum().item()
     assert_gradient(total / count, critic, gradient)
+    run.value_losses.append((total / count).item())
     return clipped
 
 
-CASES = [("clip", "terminal"), ("clip", "bootstrap"), ("kl_penalty", "terminal")]
+CASES = [
+    ("clip", "terminal", 1, 0.04),
+    ("clip", "bootstrap", 1, 0.04),
+    ("clip", "terminal", 2, 0),  # the same range on both sides, and a second epoch with the ratios of the first
+    ("kl_penalty", "terminal", 1, 0),
+    ("kl_penalty", "terminal", 2, 0),
+]
 
 
-@pytest.mark.parametrize("surrogate, truncation", CASES)
-def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, monkeypatch):
+@pytest.mark.parametrize("surrogate, truncation, epochs, high", CASES)
+def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, high, tmp_path, monkeypatch):
     """Two minibatches: at the second, ratios have left 1 and values V_old, and clips are active on both sides."""
-    flags = ["--surrogate", surrogate, "--truncation", truncation, "--num-minibatches", 2, "--update-epochs", 1]
-    flags += ["--clip-coef", 0.02, "--clip-coef-high", 0.04, "--value-clip", 0.05, "--ent-coef", 0.1]
+    flags = ["--surrogate", surrogate, "--truncation", truncation, "--num-minibatches", 2, "--update-epochs", epochs]
+    flags += ["--clip-coef", 0.02, "--clip-coef-high", high, "--value-clip", 0.05, "--ent-coef", 0.1]
+    flags += ["--micro-batch-size", 3] if epochs == 2 else []
+    high = 1 + (high or 0.02)
     flags += ["--gae-lambda", LAMBDA, "--learning-rate", 2e-3, "--critic-learning-rate", 2e-3, "--penalty-coef", 3]
     run = Recorded("ppo_lm", tmp_path, monkeypatch, *flags)
-    assert [kind for kind, *_ in run.steps] == ["critic", "policy"] * 2
+    assert [kind for kind, *_ in run.steps] == ["critic", "policy"] * 2 * epochs
     assert sorted(run.steps[0][1] + run.steps[2][1]) == list(range(B))
     critic = ppo_lm.Critic(run.policy)
     torch.nn.utils.vector_to_parameters(run.steps[0][2], critic.parameters())
@@ -277,7 +287,7 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, m
         new, before = categorical(logits=logits), categorical(logits=old_logits[i])
         return (new.log_prob(tokens[i]) - before.log_prob(tokens[i])).exp(), new, before
 
-    clipped_values, sides, entropies = [], set(), []
+    clipped_values, sides, entropies, losses = [], set(), [], []
     for (_, rows, parameters, gradient, _), (_, _, theta, policy_gradient, _) in zip(run.steps[::2], run.steps[1::2]):
         clipped_values.append(check_critic(run, rows, parameters, gradient, critic, returns, old_values, 0.05))
         total, entropy = 0.0, []
@@ -285,29 +295,48 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, tmp_path, m
             ratio, new, before = ratios(i, theta)
             if surrogate == "clip":
                 for r, a in zip(ratio, advantages[i]):
-                    limit = 1.04 if a > 0 else 0.98
+                    limit = high if a > 0 else 0.98
                     is_clipped = r > limit if a > 0 else r < limit
                     sides |= {(bool(a > 0))} if is_clipped else set()
                     total = total + (limit * a if is_clipped else r * a)
             else:
                 total = total + (ratio * advantages[i] - 3 * (ratio - 1 - ratio.log())).sum()
-            total = total + 0.1 * new.entropy().sum()
-            entropy.extend(new.entropy().tolist())
-        assert_gradient(-total / sum(len(tokens[i]) for i in rows), run.policy, policy_gradient)
-        entropies.append(sum(entropy) / len(entropy))
+            entropy.append(new.entropy())
+        entropy = torch.cat(entropy)
+        assert_gradient(-(total + 0.1 * entropy.sum()) / len(entropy), run.policy, policy_gradient)
+        losses.append(-total.item() / len(entropy))
+        entropies.append(entropy.mean().item())
     assert clipped_values[0] == 0 < clipped_values[1] and (surrogate != "clip" or sides == {True, False})
-    assert run.logged["policy/entropy"] == pytest.approx([sum(entropies) / 2], rel=1e-3)
+    assert run.logged["policy/entropy"] == pytest.approx([sum(entropies) / len(entropies)], rel=1e-3)
+    assert run.logged["loss/policy"] == pytest.approx([sum(losses) / len(losses)], rel=1e-2, abs=1e-4)
+    r, v = torch.cat(returns), torch.cat(old_values)
+    assert run.logged["value/explained_variance"] == pytest.approx([1 - ((r - v).var() / r.var()).item()], rel=1e-3)
+    assert run.logged["value/mean"] == pytest.approx([v.mean().item()], rel=1e-3)
     with torch.no_grad():
         final = torch.cat([ratios(i, run.after)[0] for i in range(B)])
     assert run.logged["policy/approx_kl"] == pytest.approx([(final - 1 - final.log()).mean().item()], rel=0.01)
     if surrogate == "clip":
         a = torch.cat(advantages)
         assert run.logged["policy/clipfrac"] == pytest.approx(
-            [((a > 0) & (final > 1.04) | (a <= 0) & (final < 0.98)).float().mean().item()]
+            [((a > 0) & (final > high) | (a <= 0) & (final < 0.98)).float().mean().item()]
         )
+    assert run.logged["loss/value"] == pytest.approx([sum(run.value_losses) / len(run.value_losses)], rel=1e-2)
 
 
-def test_an_early_stop_leaves_no_gradient_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", [0.0005, 0.002, 0.004, 0.008])
+def test_early_stops_look_at_whole_minibatches(target, tmp_path, monkeypatch):
+    """Micro-batches of one response change no decision. Some runs stop with minibatches left."""
+    steps = []
+    for size in (8, 1):
+        flags = ["--num-minibatches", 4, "--update-epochs", 3, "--target-kl", target, "--micro-batch-size", size]
+        (tmp_path / str(size)).mkdir()
+        run = Recorded("ppo_lm", tmp_path / str(size), monkeypatch, *flags)
+        steps.append(len(run.steps) / 2)
+        assert run.logged["policy/update_epochs_done"] == [steps[-1] / 4]
+    assert steps[0] == steps[1] < 12
+
+
+def test_an_early_stop_leaves_no_gradient_to_the_next_batch(tmp_path, monkeypatch):
     """One step, then a minibatch that is not stepped with, then a new batch: its first step is its own."""
     flags = ["--num-minibatches", 2, "--update-epochs", 1, "--target-kl", 1e-9, "--gae-lambda", LAMBDA]
     run = Recorded("ppo_lm", tmp_path, monkeypatch, *flags, iterations=2)
@@ -339,6 +368,11 @@ def test_trpo_takes_the_steps_of_its_equations(truncation, tmp_path, monkeypatch
     assert run.logged["policy/entropy"] == pytest.approx([before.entropy().mean().item()], rel=1e-3)
     clipped = [check_critic(run, rows, p, g, critic, returns, old_values, 0.05) for _, rows, p, g, _ in run.steps[1:]]
     assert clipped[0] == 0 < clipped[1]
+    assert run.logged["loss/value"] == pytest.approx([sum(run.value_losses) / 2], rel=1e-3)
+    step = run.after - old  # of a step that was not shortened
+    assert run.logged["trpo/step_fraction"] == [1.0]
+    predicted = -(run.steps[0][3] @ step.double()).item()
+    assert run.logged["trpo/surrogate_gain_predicted"] == pytest.approx([predicted], rel=1e-2)
 
 
 @pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
