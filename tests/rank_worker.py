@@ -10,14 +10,19 @@ import os
 import common
 
 import torch
-from conftest import SCRIPTS, recorded_gradients, run_main
+from conftest import recorded_gradients, run_main
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
-FLAGS = {
+RUNS = {
     "reinforce_lm": [],
     # The first update ends early by the KL of all ranks, 0.0332; by its own, 0.0322, the first of two would go on.
     "ppo_lm": ["--num-minibatches", 1, "--update-epochs", 3, "--target-kl", 0.0327],
     "trpo_lm": ["--num-minibatches", 1, "--fvp-fraction", 1],
+    "ppo_lm kl_penalty": ["--num-minibatches", 1, "--surrogate", "kl_penalty", "--micro-batch-size", 5],
+    "ppo_lm bootstrap": ["--num-minibatches", 1, "--truncation", "bootstrap", "--update-epochs", 1],
+    "trpo_lm half": ["--num-minibatches", 1, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
+} | {
+    f"reinforce_lm {kind}": ["--baseline", kind, "--normalize-advantages"] for kind in ("none", "mean", "ema", "greedy")
 }
 
 sample, load_policy = common.rollout, common.load_policy
@@ -45,8 +50,9 @@ def statistics():
     return {"mean": mean, "white": white, "sums": [parameter.grad.clone() for parameter in layers.parameters()]}
 
 
-def train(name, runs_dir):
-    """Two updates; returns the gradients that were stepped with, the weights, and what TRPO's line search did."""
+def train(run, runs_dir):
+    """Returns the gradients that were stepped with, the weights, and what TRPO's line search did."""
+    name, runs_dir = run.partition(" ")[0], f"{runs_dir}/{run}"
     script, models, searches, natural_steps, divergences = importlib.import_module(name), [], [], [], []
     adapt = script.adapt_kl_coef
 
@@ -66,10 +72,25 @@ def train(name, runs_dir):
             return result
 
         script.line_search = recording_search
-    flags = ["--total-episodes", 64, "--batch-size", 32, "--response-length", 12, "--eval-size", 4, "--save-every", 0]
-    flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--device", "cpu", "--output-dir", runs_dir, *FLAGS[name]]
+    updates = 1 if " " in run else 2
+    flags = [
+        "--total-episodes",
+        32 * updates,
+        "--batch-size",
+        32,
+        "--response-length",
+        12,
+        "--eval-size",
+        7,
+        "--save-every",
+        0,
+    ]
+    flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--device", "cpu", "--output-dir", runs_dir, *RUNS[run]]
     with recorded_gradients(torch.optim.AdamW) as steps:
         run_main(script, *flags)
+    script.adapt_kl_coef = adapt
+    if name == "trpo_lm":
+        script.line_search = search
     seen = {"gradients": steps, "searches": searches, "natural steps": natural_steps, "divergences": divergences}
     return seen | {"weights": models[0].state_dict()}
 
@@ -77,5 +98,5 @@ def train(name, runs_dir):
 def work(out, runs_dir):
     common.rollout = rollout_by_prompt
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
-    result = {"statistics": statistics()} | {name: train(name, runs_dir) for name in SCRIPTS}
+    result = {"statistics": statistics()} | {run: train(run, runs_dir) for run in RUNS}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

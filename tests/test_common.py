@@ -1,6 +1,7 @@
-"""Tokenisation, prompts, rewards, randomness and checkpoints."""
+"""Tokenization, prompts, rewards, randomness and checkpoints."""
 
 import json
+import os
 import sys
 import types
 
@@ -254,3 +255,133 @@ def test_real_tokenizer_round_trip(tmp_path):
     ids, mask = prompts.padded()
     assert ids.shape[1] < 10 and len(set(mask.sum(1).tolist())) > 1
     assert common.decode(tokenizer, ids, mask) == text
+
+
+def test_chats_of_the_held_out_rows_leave_the_training_rows(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"q{i % 15}"}], "reference": str(i)} for i in range(60)]
+    prompts = common.Prompts(rows, [[1]] * 60)
+    train, held_out = common.split_prompts(prompts, 4)
+    texts = [{row["prompt"][0]["content"] for row in part.rows} for part in (train, held_out)]
+    assert len(held_out.rows) == 4 and not texts[0] & texts[1] and texts[0] | texts[1] == {f"q{i}" for i in range(15)}
+    assert [len(common.split_prompts(prompts, size)[1].rows) for size in (1, 6, 50)] == [1, 6, 6]
+
+
+def test_a_start_token_that_the_tokenizer_adds_stays_and_counts():
+    tokenizer = common.character_tokenizer("ab<>!")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<end> $A", None, [("<end>", 0)])
+    ids = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert encode([{"prompt": "ab"}], prompt_length=3, tokenizer=tokenizer).ids == [[0, *ids]]  # exactly that long
+    with pytest.raises(InputError, match="1 to 2 tokens, found 3"):
+        encode([{"prompt": "ab"}], prompt_length=2, tokenizer=tokenizer)
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_one_line():
+    with pytest.raises(InputError, match="character that the tokenizer of --model does not know"):
+        encode([{"prompt": "ab"}, {"prompt": "xyz"}])
+
+
+def test_metrics_of_unequal_texts():
+    """A response that is shorter than its reference, and inflected words."""
+    short, reference = "the cat sat", "the cat sat on the mat"
+    # every n-gram of the response is found, but its length costs exp(1 - 6/3); 4-grams, of which it has none, smooth
+    assert 0 < common.bleu_reward(None, [short], [reference])[0] < 0.37 * 1.001
+    longer = common.bleu_reward(None, [reference], [short])[0]
+    assert longer != pytest.approx(common.bleu_reward(None, [short], [reference])[0]), "which text is which matters"
+    assert common.rouge_reward(None, ["cats"], ["cat"]) == [0.0] and common.rouge_reward(None, ["Cat"], ["cat"]) == [
+        1.0
+    ]
+
+
+def score(function, rows=({"prompt": "a"}, {"prompt": "b"}), responses=("w", "x", "y", "z"), facts=None):
+    return common.score_responses(function, Args(reward="mine"), list(rows), list(responses), facts or {})
+
+
+def test_rewards_get_copies_and_leave_no_setting_behind(tmp_path):
+    rows, responses = [{"prompt": [{"role": "user", "content": "hi"}], "tags": ["t"]}], ["w", "x"]
+
+    def vandal(prompts, responses, tags):
+        responses.pop()
+        prompts[0].append("more")
+        tags[0].clear()
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(False)
+        os.chdir(tmp_path)
+        return [1.0, 2.0]
+
+    folder = os.getcwd()
+    scores, _ = common.score_responses(vandal, Args(), rows, responses, {})
+    assert scores.tolist() == [1.0, 2.0] and scores.dtype == torch.get_default_dtype() == torch.float32
+    assert responses == ["w", "x"] and rows == [{"prompt": [{"role": "user", "content": "hi"}], "tags": ["t"]}]
+    assert torch.is_grad_enabled() and torch.zeros(1).device.type == "cpu" and os.getcwd() == folder
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(4, device="meta"), torch.eye(4).to_sparse(), iter([1.0] * 4), {}])
+def test_odd_scores_are_one_line(returned):
+    with pytest.raises(InputError, match="--reward mine: "):
+        score(lambda prompts, responses: returned)
+
+
+def test_a_reward_that_is_a_coroutine_is_told_so(tmp_path):
+    (tmp_path / "mine.py").write_text("async def fn(prompts, responses):\n    return [0.0]\n")
+    with pytest.raises(InputError, match="--reward: expected a function that returns scores, found 'async def fn'"):
+        common.load_reward(Args(reward=f"{tmp_path}/mine.py:fn"), "cpu", [{"prompt": "a"}])
+
+
+def test_a_reward_is_called_once_even_if_it_fails():
+    calls = []
+    with pytest.raises(InputError, match="TimeoutError: judge"):
+        score(lambda prompts, responses: calls.append(1) or exec("raise TimeoutError('judge')"))
+    assert len(calls) == 1
+
+
+def test_rewards_that_ask_get_facts_and_may_return_parts():
+    facts = {"ended": [True, False, True, True], "num_tokens": [1, 2, 3, 4]}
+
+    def ask(prompts, responses, ended, num_tokens):
+        return [n if end else -1 for n, end in zip(num_tokens, ended)], {"length": num_tokens}
+
+    scores, parts = score(ask, facts=facts)
+    assert scores.tolist() == [1, -1, 3, 4] and parts["length"].tolist() == [1, 2, 3, 4]
+    scores, parts = score(lambda prompts, responses, **columns: [len(columns)] * 4, facts=facts)
+    assert scores.tolist() == [0.0] * 4 and parts == {}
+    with pytest.raises(InputError, match="--reward mine: expected a list of 4 style, found"):
+        score(lambda prompts, responses: ([0.0] * 4, {"style": [1.0]}))
+
+
+def test_lines_never_end_a_run(tmp_path):
+    """A pipe that nobody reads, and a terminal that has no such character."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="ascii") as closed:
+        common.show("a line", closed)
+        common.show("another", closed)
+    with open(tmp_path / "ascii", "w", encoding="ascii") as file:
+        common.show("ü is \N{GRINNING FACE}", file)
+    assert (tmp_path / "ascii").read_text() == "\\xfc is \\U0001f600\n"
+
+
+def test_log_probabilities_of_bfloat16_logits_are_computed_in_float32():
+    logits = 4 * torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    tokens, exact = torch.tensor([[1, 2, 3], [4, 5, 6]]), logits.bfloat16().double().log_softmax(-1)
+    logprobs, entropy = common.token_statistics(logits.bfloat16(), tokens)
+    torch.testing.assert_close(logprobs.double(), exact.gather(2, tokens[..., None])[..., 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_sampling_copy_rounds_parameters_and_nothing_else():
+    model = tiny_model("llama")
+    copied = common.bfloat16_copy(model)
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16} and not any(
+        p.requires_grad for p in copied.parameters()
+    )
+    for (name, buffer), original in zip(copied.named_buffers(), model.buffers(), strict=True):
+        assert buffer.dtype == original.dtype == torch.float32 and torch.equal(buffer, original), name
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+
+def test_seeds_and_iterations_have_shuffles_of_their_own():
+    rows = [common.shuffled_rows(50, 2, "cpu", *key).tolist() for key in ((1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1))]
+    assert len({tuple(row) for row in rows}) == 4
+    streams = [common.prompt_indices(1000, 0, 50, seed) for seed in (1, 2)]
+    assert streams[0] != streams[1]

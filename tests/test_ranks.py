@@ -1,6 +1,8 @@
 """Two gloo processes on the CPU against one."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,23 +12,29 @@ import reinforce_lm
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, finish, fork, fork_ranks, run_main
-from rank_worker import work
+from conftest import ROOT, finish, fork, fork_ranks, run_main
+from rank_worker import RUNS, work
+from test_runs import scalars, texts
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What one process saved, and what each of two did."""
-    folder = tmp_path_factory.mktemp("ranks")
-    one = fork(work, folder / "one", folder / "runs", output=folder / "output")
-    two = fork_ranks(2, work, folder / "two", folder / "runs", output=folder / "output")
-    finish([one, *two], [folder / "output", folder / "output.0", folder / "output.1"])
-    return torch.load(folder / "one.0"), [torch.load(folder / f"two.{rank}") for rank in range(2)]
+    """What one process saved, and what each of two did. The workers of a test run wait for the first that asks."""
+    test_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+    folder = tmp_path_factory.getbasetemp().parent / f"ranks-{test_run}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "one.0").exists():
+            two = fork_ranks(2, work, folder / "two", folder / "two_runs", output=folder / "output")
+            finish(two, [folder / "output.0", folder / "output.1"])
+            finish([fork(work, folder / "one", folder / "one_runs", output=folder / "output")], [folder / "output"])
+    return torch.load(folder / "one.0"), [torch.load(folder / f"two.{rank}") for rank in range(2)], folder
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_ranks_take_the_step_of_one(script, saved):
-    one, two = saved[0][script], [rank[script] for rank in saved[1]]
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_take_the_step_of_one(run, saved):
+    script, one, two = run.partition(" ")[0], saved[0][run], [rank[run] for rank in saved[1]]
     for name, weight in two[0]["weights"].items():
         assert torch.equal(weight, two[1]["weights"][name]), f"ranks differ in {name}"
     first_update = 2 if script == "ppo_lm" else 1  # the critic's step and the policy's
@@ -37,11 +45,28 @@ def test_two_ranks_take_the_step_of_one(script, saved):
     for rank in two:  # what beta is adapted to, before the first step and after it
         for found, expected in zip(rank["divergences"], one["divergences"], strict=True):
             assert found == pytest.approx(expected, rel=0.02, abs=1e-5)
-    assert len(one["searches"]) == len(one["natural steps"]) == (2 if script == "trpo_lm" else 0)
+    assert len(one["searches"]) == len(one["natural steps"]) == (script == "trpo_lm") + (run == "trpo_lm")
+    if run == "trpo_lm half":  # other rows are in the products; but each rank has the same step
+        assert torch.equal(two[0]["natural steps"][0], two[1]["natural steps"][0])
+        return
     for step, expected in zip(two[0]["natural steps"][:1], one["natural steps"]):
         assert (step - expected).norm() < 1e-5 * expected.norm()
     for search, expected in zip(two[0]["searches"], one["searches"], strict=True):
         assert search == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_log_what_one_logs(run, saved):
+    """Of the first update all metrics, and every evaluation, of seven rows; and samples that one rank has, too."""
+    dirs = [next((saved[2] / runs / run).iterdir()) for runs in ("one_runs", "two_runs")]
+    one, two = map(scalars, dirs)
+    assert one.keys() == two.keys() and len(one["eval/score"]) == 2  # before and after
+    for tag in one:
+        found, expected = two[tag][0][1], one[tag][0][1]
+        if not tag.startswith("time/") and not (run == "trpo_lm half" and tag.startswith("trpo/")):
+            assert found == pytest.approx(expected, rel=1e-3, abs=2e-5), tag
+    one, two = [texts(run_dir)[0] for run_dir in dirs]
+    assert len(one) == 7 and two == one[::2], "rank 0 shows the rows that it has"
 
 
 def test_statistics_over_ranks_one_of_which_has_no_token(saved):

@@ -178,6 +178,13 @@ def test_samples_of_a_prompt_differ_and_a_rerun_is_the_same():
     assert chunked.shape == responses.shape and not torch.equal(chunked[:8], chunked[8:16])
 
 
+def test_equal_prompts_are_sampled_apart():
+    prompts = torch.tensor([[1, 2, 3]] * 4)
+    generator = torch.Generator().manual_seed(0)
+    responses, *_ = rollout(tiny_model("llama"), prompts, prompts.bool(), 6, [], 2, generator=generator)
+    assert len({tuple(row) for row in responses.tolist()}) == 8
+
+
 def test_greedy_rollout_is_the_argmax_of_full_forwards():
     model = tiny_model("llama")
     prompts, ids, mask = ragged_prompts(0)

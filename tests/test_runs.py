@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: the copy contract, learning, resuming, and what a run leaves behind."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import trpo_lm
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, error_line, finish, fork, load_policy, recorded_gradients, run_main
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,6 +43,12 @@ def run_alone(script, flags):
     sys.path[:] = [os.getcwd(), *(path for path in sys.path if not path.startswith(str(ROOT)))]
     sys.argv = [f"{script}.py", *map(str, flags)]
     runpy.run_path(f"{script}.py", run_name="__main__")
+
+
+def texts(run_dir):
+    """The lines of samples of each evaluation."""
+    events = EventAccumulator(str(run_dir)).Reload()
+    return [event.tensor_proto.string_val[0].decode().splitlines() for event in events.Tensors("samples/text_summary")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -488,3 +496,157 @@ def test_any_checkpoint_with_real_text_and_own_reward(kind, tmp_path):
     assert max(value for _, value in logged["policy/sampler_gap"]) < 1e-4
     reloaded = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     assert reloaded.config.model_type == kind and Path(run_dir / "model" / "tokenizer.json").exists()
+
+
+FEW = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--device", "cpu"]
+
+
+def error_of(capsys, script, *flags):
+    """The one line with which a run ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *flags)
+    assert stop.value.code == 2
+    return error_line(capsys)
+
+
+def test_which_flags_a_resumed_run_may_change():
+    allowed = "resume device output_dir save_every eval_every micro_batch_size rollout_batch_size total_episodes"
+    allowed += " activation_checkpointing compile cuda_graph"
+    for script in map(importlib.import_module, SCRIPTS):
+        args = script.Args(**script.TINY)
+        checkpoint = {"script": "it", "world_size": 1, "iteration": 0, "args": vars(args)}
+        common.check_flags(args, "it", 1, checkpoint)
+        for field in dataclasses.fields(args):
+            other = {**checkpoint, "args": vars(args) | {field.name: "another"}}
+            if field.name in allowed.split():
+                common.check_flags(args, "it", 1, other)
+            else:
+                with pytest.raises(common.InputError, match=f"{common.flag(field.name)}: expected 'another' as in"):
+                    common.check_flags(args, "it", 1, other)
+
+
+def test_a_run_directory_has_one_writer(tmp_path):
+    run_main(reinforce_lm, *FEW, "--output-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    before = scalars(run_dir)
+    args = reinforce_lm.Args(resume=str(run_dir))
+    run_dir_again, writer = common.start_run("reinforce_lm", args, 64)  # this process goes on with it
+    output = tmp_path / "output"
+    other = fork(run_main, reinforce_lm, "--resume", run_dir, "--total-episodes", 96, output=output)
+    other.join(60)
+    assert other.exitcode == 2 and f"{run_dir} is in use by another process" in output.read_text()
+    writer.close()
+    assert run_dir_again == str(run_dir) and scalars(run_dir)["eval/score"] == before["eval/score"]
+
+
+def test_a_resumed_run_wants_the_data_it_began_with(tmp_path, capsys):
+    rows = [json.dumps({"prompt": f"{i:02d}", "reference": "1"}) for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    run_main(reinforce_lm, *FEW, "--dataset", tmp_path / "data.jsonl", "--output-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    (tmp_path / "data.jsonl").write_text("\n".join(rows[1:] + rows[:1]))
+    error = error_of(capsys, reinforce_lm, "--resume", run_dir, "--total-episodes", 96)
+    assert "--dataset: expected the prompts that" in error and "data.jsonl" in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_is_evaluated_on_other_prompts_without_training(script, tmp_path, model_folder, capsys, monkeypatch):
+    folder, asked = model_folder(), []
+    rows = [{"prompt": f"{i}{i}", "reference": str(i)} for i in range(10)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(
+        "def fn(prompts, responses, reference, ended):\n"
+        "    return [float(r) for r in reference], {'end': [float(e) for e in ended]}\n"
+    )
+    rollout = common.rollout
+
+    def recording_rollout(model, ids, *rest, **settings):
+        asked.extend(ids.tolist())
+        return rollout(model, ids, *rest, **settings)
+
+    monkeypatch.setattr(common, "rollout", recording_rollout)
+    flags = ["--model", folder, "--eval-dataset", tmp_path / "eval.jsonl", "--total-episodes", 0, "--eval-size", 7]
+    flags += ["--reward", f"{tmp_path}/mine.py:fn", "--output-dir", tmp_path / "runs", "--device", "cpu"]
+    run_main(importlib.import_module(script), *flags)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert asked == tokenizer([row["prompt"] for row in rows[:7]]).input_ids
+    final = final_line(capsys.readouterr().out)
+    assert final["eval_score"] == final["eval_score_before"] == "3.000" and final["episodes"] == "0"
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert list(scalars(run_dir)) == ["eval/score", "eval/end"]
+    before, after = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, run_dir / "model")]
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_parts_of_a_reward_are_logged(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def fn(prompts, responses, num_tokens, **columns):\n    return [0.0] * len(responses), {'n': num_tokens}\n"
+    )
+    run_main(reinforce_lm, *FEW, "--reward", f"{tmp_path}/mine.py:fn", "--output-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    logged = scalars(run_dir)
+    assert logged["reward/n"] == logged["objective/response_length"] and len(logged["eval/n"]) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_saved_is_the_float32_policy(script, tmp_path):
+    run_main(importlib.import_module(script), *FEW, "--dtype", "bfloat16", "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    trained = common.load_checkpoint(run_dir)["policy"]
+    saved = AutoModelForCausalLM.from_pretrained(run_dir / "model", dtype="auto").state_dict()
+    assert all(torch.equal(weight, trained[name]) for name, weight in saved.items())
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path, model_folder, capsys):
+    folder = Path(model_folder("llama", tie_word_embeddings=False))
+    flags = [*FEW, "--model", folder, "--output-dir", tmp_path / "runs"]
+    weights = load_file(folder / "model.safetensors")
+    common.character_tokenizer("0123456789abcdef").save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{c}", "reference": ""}}\n' for c in "0123456789abcdef"))
+    error = error_of(capsys, reinforce_lm, *flags, "--dataset", tmp_path / "data.jsonl")
+    assert "--model: expected a tokenizer of the 11 ids that the model has, found 'id 16 in a prompt'" in error
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "all weights of the model" in (error := error_of(capsys, reinforce_lm, *flags)) and "lm_head" in error
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "--model: expected `tiny` or a checkpoint with a tokenizer" in error_of(capsys, reinforce_lm, *flags)
+
+
+def test_a_saved_model_is_whole_or_not_there(tmp_path, model_folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder()), common.character_tokenizer("01")
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    for old in (False, True):
+        with pytest.raises(common.InputError, match="No space left"):
+            common.save_model(model, Broken(), tmp_path / "model")
+        assert (tmp_path / "model").exists() == old
+        common.save_model(model, tokenizer, tmp_path / "model")
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("model")) == ["model"]
+
+
+def test_the_schedule_of_checkpoints(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(common, "save_checkpoint", lambda run_dir, iteration, state: saved.append(iteration))
+    for every in (2, 5, 0):
+        run_main(reinforce_lm, *FEW[2:], "--total-episodes", 160, "--save-every", every, "--output-dir", tmp_path)
+    assert saved == [2, 4, 5, 5]
+
+
+def test_a_nearly_deterministic_policy_is_trained_by_trpo(tmp_path, capsys):
+    run_main(trpo_lm, *FEW, "--temperature", 0.01, "--output-dir", tmp_path)
+    assert final_line(capsys.readouterr().out)["episodes"] == "64"
+
+
+def test_a_resumed_run_says_whose_code_it_runs(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def fn(prompts, responses, reference):\n    return [0.0] * len(responses)\n")
+    run_main(reinforce_lm, *FEW, "--reward", f"{tmp_path}/mine.py:fn", "--output-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert "runs code" not in capsys.readouterr().err
+    run_main(reinforce_lm, "--resume", run_dir)
+    assert f"--resume runs code: --reward {tmp_path}/mine.py:fn" in capsys.readouterr().err
