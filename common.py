@@ -41,6 +41,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -175,12 +176,13 @@ def parse_flags(args_class, tiny, argv=None):
     description = f"{script}\n\nThe defaults below are for a pretrained --model. A run without --model learns "
     description += f"to sort digits, from random weights, with these defaults instead: {listed}."
     args, checkpoint = parse(args_class, argv, args_class(), description), None
+    defaults = {field.name: field.default for field in fields(args_class)} | (tiny if args.model == "tiny" else {})
     if args.resume:
         checkpoint = load_checkpoint(args.resume)
-        known = {f.name for f in fields(args_class)}
-        tiny = {name: value for name, value in checkpoint["args"].items() if name in known}
-    if args.resume or args.model == "tiny":
-        args = parse(args_class, argv, args_class(**tiny), description)
+        defaults = {name: checkpoint["args"].get(name, value) for name, value in defaults.items()}
+    elif args.lora_rank:  # adapters take about ten times the rates of full training (Schulman et al. 2025)
+        defaults = {name: 10 * x if name.endswith("learning_rate") else x for name, x in defaults.items()}
+    args = parse(args_class, argv, args_class(**defaults), description)
     if args.resume and (":" in args.reward or args.trust_remote_code):
         show(f"--resume runs code: --reward {args.reward}, --trust-remote-code {args.trust_remote_code}", sys.stderr)
     return args, checkpoint
@@ -424,7 +426,42 @@ def load_policy(args, tokenizer, ids):
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # it would stop the gradient of the padding id, which may be an end token
+    if args.lora_rank:
+        add_adapters(policy, args)
     return policy.eval()
+
+
+def add_adapters(policy, args):
+    """Freeze the policy, and give all linear layers but the head LoRA adapters (Hu et al. 2022), of no effect at first.
+
+    With --dtype bfloat16 these layers are held in bfloat16, as passes take them anyway. TRPO computes in float32.
+    """
+    with blame("--lora-rank (pip install peft)"), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        from peft import LoraConfig
+
+        warnings.simplefilter("ignore")  # about GPT-2's layers, which peft transposes
+        torch.manual_seed(args.seed)
+        policy.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"))
+    for module in adapted_layers(policy).values():
+        if args.dtype == "bfloat16" and not hasattr(args, "max_kl"):
+            module.base_layer.weight.data = module.base_layer.weight.data.bfloat16()
+
+
+def adapted_layers(network):
+    """{name: layer with an adapter}"""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
+
+
+def copy_network(network):
+    """A copy that shares the frozen parameters: with adapters the base, else none."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+
+
+def trained_state(part):
+    """What a checkpoint holds of a network, which is all but its frozen parameters, or of an optimizer."""
+    named = part.named_parameters(remove_duplicate=False) if isinstance(part, torch.nn.Module) else []
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: value for name, value in part.state_dict().items() if name not in frozen}
 
 
 def prepare(network, device, args):
@@ -455,9 +492,12 @@ def checkpoint_activations(network):
 
 
 def bfloat16_copy(model):
-    """A copy of `model` with bfloat16 parameters, for sampling; buffers (rotary frequencies) keep their precision."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    for parameter in model.parameters():
+    """A copy of `model` with bfloat16 parameters, for sampling; buffers (rotary frequencies) keep their precision.
+
+    Parameters that are in bfloat16 already, as a base with adapters, are shared.
+    """
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters() if p.dtype == torch.bfloat16})
+    for parameter in model.requires_grad_(False).parameters():
         parameter.data = parameter.data.bfloat16()
     return model
 
@@ -472,10 +512,19 @@ def copy_weights(source, target):
 def save_model(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails.
 
-    It is written under another name and renamed: a folder is whole or not there.
+    It is written under another name and renamed: a folder is whole or not there. Adapters are saved beside it, in
+    `adapter`, and merged into the model, which is its end: copies that share its base have other weights then.
     """
     transformers.utils.logging.disable_progress_bar()
     with blame(f"writing {folder}"):
+        adapted = adapted_layers(model)
+        if adapted:
+            model.save_pretrained(Path(folder).parent / "adapter")
+            model._hf_peft_config_loaded = False  # or only adapters would be saved
+        for name, layer in adapted.items():
+            layer.base_layer.weight.data = layer.base_layer.weight.data.float()
+            layer.merge()
+            model.set_submodule(name, layer.base_layer)
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         for part in (model, tokenizer):
             part.save_pretrained(f"{folder}.tmp")

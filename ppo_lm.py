@@ -53,7 +53,6 @@ common.py begins with a drawing of how prompts, responses, masks, logits and val
 """
 
 # ===== Imports (shared by all three scripts) =====
-import copy
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -72,6 +71,8 @@ import torch.distributed as dist
 class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
+    lora_rank: NonNegative[int] = 0
+    """rank of LoRA adapters on all linear layers (pip install peft), with ten times the learning rates; 0 for none"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -207,7 +208,7 @@ class Critic(torch.nn.Module):
     def __init__(self, policy):
         super().__init__()
         common.require(policy.base_model is not policy, "--model", "layers below a head, for the critic", type(policy))
-        self.backbone = copy.deepcopy(policy.base_model)
+        self.backbone = common.copy_network(policy.base_model)
         self.head = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
@@ -285,7 +286,7 @@ def main(args, checkpoint=None):
     sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
     reference = None
     if args.kl_coef:
-        reference = common.prepare(copy.deepcopy(policy).requires_grad_(False), device, args)
+        reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and optimizers (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
@@ -302,7 +303,7 @@ def main(args, checkpoint=None):
     first_iteration = 1
     if checkpoint:
         for name, part in trained.items():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(part.state_dict() | checkpoint[name])
         first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
     if rank == 0:
         run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
@@ -478,7 +479,7 @@ def main(args, checkpoint=None):
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             carried["after"] = evaluate(episode)
         if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: part.state_dict() for name, part in trained.items()}
+            state = {name: common.trained_state(part) for name, part in trained.items()}
             state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
             common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
 

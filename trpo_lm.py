@@ -62,7 +62,6 @@ masks, logits and values are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
-import copy
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -81,6 +80,8 @@ import torch.distributed as dist
 class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
+    lora_rank: NonNegative[int] = 0
+    """rank of LoRA adapters on all linear layers (pip install peft), with ten times the learning rates; 0 for none"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -218,7 +219,7 @@ class Critic(torch.nn.Module):
     def __init__(self, policy):
         super().__init__()
         common.require(policy.base_model is not policy, "--model", "layers below a head, for the critic", type(policy))
-        self.backbone = copy.deepcopy(policy.base_model)
+        self.backbone = common.copy_network(policy.base_model)
         self.head = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
@@ -275,14 +276,19 @@ def dot(a, b):
     return torch.stack(pieces).double().sum().item()
 
 
+def trained_parameters(policy):
+    """{name: parameter}, with adapters those alone."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
 def flatten(policy):
-    """The parameters as one (D,) vector, copied."""
-    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+    """The trained parameters as one (D,) vector, copied."""
+    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(policy).values()])
 
 
 def unflatten(vector, policy):
     """A (D,) vector as a dictionary from parameter names to views of it, in the parameters' shapes."""
-    parameters = dict(policy.named_parameters())
+    parameters = trained_parameters(policy)
     pieces = vector.split([parameter.numel() for parameter in parameters.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
@@ -290,13 +296,15 @@ def unflatten(vector, policy):
 @torch.no_grad()
 def set_parameters(policy, vector):
     """Copy a (D,) vector into the parameters."""
-    for parameter, value in zip(policy.parameters(), unflatten(vector, policy).values()):
-        parameter.copy_(value)
+    for name, value in unflatten(vector, policy).items():
+        policy.get_parameter(name).copy_(value)
 
 
 def add_gradient(vector, outputs, output_gradients, policy):
     """Add to a (D,) vector, in place, the gradient of `outputs` with respect to the parameters."""
-    parts = torch.autograd.grad(outputs, list(policy.parameters()), output_gradients, materialize_grads=True)
+    parts = torch.autograd.grad(
+        outputs, list(trained_parameters(policy).values()), output_gradients, materialize_grads=True
+    )
     for total, part in zip(unflatten(vector, policy).values(), parts):
         total += part
 
@@ -342,7 +350,8 @@ def jacobian_vector_product(policy, vector, inputs, args):
     """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (b, r, V), (b, r, V)."""
     forward_ad, tangents = torch.autograd.forward_ad, unflatten(vector, policy)
     with forward_ad.dual_level(), torch.no_grad(), plain_attention(), common.blame("--model: no forward mode"):
-        duals = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in policy.named_parameters()}
+        parameters = trained_parameters(policy)
+        duals = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in parameters.items()}
         return forward_ad.unpack_dual(logits_with(policy, duals, inputs, args))
 
 
@@ -469,7 +478,7 @@ def main(args, checkpoint=None):
     sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
     reference = None
     if args.kl_coef:
-        reference = common.prepare(copy.deepcopy(policy).requires_grad_(False), device, args)
+        reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and its optimizer (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
@@ -486,7 +495,7 @@ def main(args, checkpoint=None):
     first_iteration = 1
     if checkpoint:
         for name, part in trained.items():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(part.state_dict() | checkpoint[name])
         first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
     if rank == 0:
         run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
@@ -655,7 +664,7 @@ def main(args, checkpoint=None):
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             carried["after"] = evaluate(episode)
         if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: part.state_dict() for name, part in trained.items()}
+            state = {name: common.trained_state(part) for name, part in trained.items()}
             state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
             common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
 

@@ -135,7 +135,9 @@ def finish(processes, outputs):
 
 def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=False):
     """`common.load_policy` for one prompt and response of `context_length` tokens."""
-    flags = argparse.Namespace(model=model, seed=seed, trust_remote_code=trust_remote_code, response_length=1)
+    flags = argparse.Namespace(
+        model=model, seed=seed, trust_remote_code=trust_remote_code, response_length=1, lora_rank=0
+    )
     return common.load_policy(flags, tokenizer, [[0] * (context_length - 1)])
 
 
@@ -150,7 +152,7 @@ def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_p
 def flat_gradient(optimizer):
     """The gradient that `optimizer` is about to step with, as one vector in float64."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.cat([p.grad.flatten().double() for p in parameters])
+    return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ RUNS = {
     "trpo_lm": ["--num-minibatches", 1, "--fvp-fraction", 1],
     "ppo_lm kl_penalty": ["--num-minibatches", 1, "--surrogate", "kl_penalty", "--micro-batch-size", 5],
     "ppo_lm bootstrap": ["--num-minibatches", 1, "--truncation", "bootstrap", "--update-epochs", 1],
+    "reinforce_lm lora": ["--lora-rank", 2],
+    "trpo_lm lora": ["--lora-rank", 2, "--num-minibatches", 1, "--fvp-fraction", 1],
     "trpo_lm half": ["--num-minibatches", 1, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
 } | {
     f"reinforce_lm {kind}": ["--baseline", kind, "--normalize-advantages"] for kind in ("none", "mean", "ema", "greedy")
@@ -97,6 +99,7 @@ def train(run, runs_dir):
 
 def work(out, runs_dir):
     common.rollout = rollout_by_prompt
+    common.save_model = lambda *args: None  # the merge of adapters would change what is compared
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
     result = {"statistics": statistics()} | {run: train(run, runs_dir) for run in RUNS}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

@@ -8,6 +8,7 @@ import torch
 from conftest import error_line, load_policy, rollout, run_main, tiny_model
 from safetensors.torch import load_file, save_file
 from test_runs import scalars
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -160,6 +161,20 @@ def test_chat_prompts_go_through_its_chat_template(classifier, tmp_path):
     reward_fn = common.RewardModel(tmp_path)
     plain = common.RewardModel(classifier)
     torch.testing.assert_close(reward_fn([chat_rows()[0]["prompt"]], ["777"]), plain(["#12!#777!"], [""]))
+
+
+def test_special_tokens_are_added_to_texts_once_and_to_chats_not_again(classifier, tmp_path):
+    """The tokenizer begins a text with `!`; the chat template has written it already."""
+    tokenizer = common.load_tokenizer(classifier, [])
+    start = tokenizer.convert_tokens_to_ids("!")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("! $A", None, [("!", start)])
+    tokenizer.chat_template = "!{% for m in messages %}{{ '#' + m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(classifier).save_pretrained(tmp_path)
+    reward_fn, plain, turns = common.RewardModel(tmp_path), common.RewardModel(classifier), [1, 2, 3]
+    chat = [{"role": "user" if i % 2 else "assistant", "content": f"{i}7"} for i in turns]
+    torch.testing.assert_close(reward_fn([chat], ["777"]), plain(["!#17#27#37#777"], [""]))
+    torch.testing.assert_close(reward_fn(["12"], ["777"]), plain(["!12"], ["777"]))
 
 
 def refusal(capsys, tmp_path, *flags):

@@ -603,10 +603,10 @@ def test_models_that_do_not_fit_are_refused(tmp_path, model_folder, capsys):
     folder = Path(model_folder("llama", tie_word_embeddings=False))
     flags = [*FEW, "--model", folder, "--output-dir", tmp_path / "runs"]
     weights = load_file(folder / "model.safetensors")
-    common.character_tokenizer("0123456789abcdef").save_pretrained(folder)
-    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{c}", "reference": ""}}\n' for c in "0123456789abcdef"))
+    common.character_tokenizer("0123456789a").save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{c}", "reference": ""}}\n' for c in "0123456789a"))
     error = error_of(capsys, reinforce_lm, *flags, "--dataset", tmp_path / "data.jsonl")
-    assert "--model: expected a tokenizer of the 11 ids that the model has, found 'id 16 in a prompt'" in error
+    assert "--model: expected a tokenizer of the 11 ids that the model has, found 'id 11 in a prompt'" in error
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert "all weights of the model" in (error := error_of(capsys, reinforce_lm, *flags)) and "lm_head" in error

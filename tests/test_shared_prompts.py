@@ -114,7 +114,9 @@ def test_columns_that_no_row_needs_are_cut():
     model, args = tiny_model(), Args(dtype="float32", response_length=R)
     assert common.response_logits(model, sequences, mask, args).shape == (3, 2, 12)
     logprobs, _ = common.policy_logprobs(model, sequences, mask, args)
-    assert (logprobs[:, 2:] == 0).all() and (logprobs[:, :2] != 0).all()
+    assert (logprobs[:, 2:] == 0).all()
+    padded = model(**plain_inputs(model, sequences, mask, R)).logits[:, 10:12].log_softmax(-1)
+    torch.testing.assert_close(logprobs[:, :2], padded.gather(2, sequences[:, 11:13, None])[..., 0])
 
 
 def test_micro_batches_keep_prompts_together_and_rows_of_one_length():
