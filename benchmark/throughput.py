@@ -58,7 +58,7 @@ QWEN2_SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate si
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
 }
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # floating-point operations per second, dense
-Section = Literal["trl", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
+Section = Literal["trl", "long", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
 
 
 @dataclass
@@ -120,7 +120,8 @@ def parse_args():
         require(args.gpu_updates >= 2, "--gpu-updates", "at least 2", args.gpu_updates)
         missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
         expected = "the packages of benchmark/requirements.txt (pip install -r benchmark/requirements.txt)"
-        require("trl" not in args.sections or not missing, "--sections trl", expected, f"no {', '.join(missing)}")
+        needed = {"trl", "long"} & set(args.sections)
+        require(not needed or not missing, f"--sections {' '.join(needed)}", expected, f"no {', '.join(missing)}")
     return args
 
 
@@ -232,7 +233,7 @@ def sort_rows(scratch):
     return *parts.values(), {name: f"{scratch}/{name}.jsonl" for name in parts}
 
 
-def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args, target=None):
+def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args, target=None, **settings):
     """Train the checkpoint in `folder` with a trainer of TRL, "RLOO" or "GRPO".
 
     With a `target` greedy responses to `eval_rows` are scored every `args.eval_every` updates, while the clock stands
@@ -271,8 +272,8 @@ def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args,
     def match(prompts, completions, reference, **_):
         return common.match_reward(prompts, completions, reference)
 
-    settings = dict(learning_rate=learning_rate, max_steps=updates, seed=seed, output_dir=f"{folder}/trl")
-    config = getattr(trl, f"{name}Config")(**TRL_SETTINGS, **settings)
+    settings |= dict(learning_rate=learning_rate, max_steps=updates, seed=seed, output_dir=f"{folder}/trl")
+    config = getattr(trl, f"{name}Config")(**TRL_SETTINGS | settings)
     data = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
     with contextlib.redirect_stdout(io.StringIO()):
         getattr(trl, f"{name}Trainer")(folder, reward_funcs=match, args=config, **data).train()
@@ -339,6 +340,42 @@ def section_trl(args, scratch):
     print_table(title, header, table)
     table = [(titles[name], rate, describe(*result)) for (name, rate), result in first.items()]
     print_table("Learning rates, with seed 1:", ("", "learning rate", ""), table)
+
+
+def small_qwen2(vocab_size):
+    """A Qwen2 of 3 million random parameters."""
+    torch.manual_seed(1)
+    config = Qwen2Config(vocab_size=vocab_size, hidden_size=192, num_hidden_layers=6, intermediate_size=512)
+    config.num_attention_heads, config.num_key_value_heads, config.eos_token_id, config.bos_token_id = 6, 3, 0, 0
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def section_long(args, scratch):
+    """Updates at prompts of 384 tokens: reinforce_lm.py runs a prompt once for its responses, TRL once for each."""
+    folder, digits, paths = f"{scratch}/long", np.random.default_rng(0).integers(10, size=(400, 384)), {}
+    small_qwen2(11).save_pretrained(folder)
+    common.character_tokenizer("0123456789").save_pretrained(folder)
+    texts = ["".join(map(str, row)) for row in digits]
+    rows = [{"prompt": text, "reference": text[:32]} for text in texts]
+    for name, part in {"dataset": rows[16:], "eval_dataset": rows[:16]}.items():
+        paths[name] = f"{scratch}/{name}.jsonl"
+        Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in part))
+    updates = 1 + max(2, args.updates // 10)
+    flags = reinforce_lm.TINY | dict(model=folder, batch_size=64, micro_batch_size=64, samples_per_prompt=8) | paths
+    flags |= dict(response_length=32, updates=updates, eval_size=1, eval_every=0, save_every=0, learning_rate=1e-4)
+    settings = dict(per_device_train_batch_size=64, num_generations=8, max_completion_length=32, seed=1)
+    settings |= dict(updates=updates, learning_rate=1e-4, args=args)
+    calls = {"`reinforce_lm.py`": lambda: run_script("reinforce_lm.py", scratch, **flags).seconds}
+    for name in ("RLOO", "GRPO"):
+        title = f"{name}Trainer of TRL {version('trl')}"
+        calls[title] = lambda name=name: train_trl(name, folder, rows[16:], rows[:16], **settings)[0]
+    times = {name: [median(run[1:]) for run in runs] for name, runs in in_turn(calls, args.rounds).items()}
+    ours = next(iter(times.values()))
+    table = [(name, spread(values, 2), ratio(values, ours)) for name, values in times.items()]
+    title = (
+        "**long**: prompts of 384 tokens, 64 responses of up to 32 tokens, 8 to each prompt, 3.0M parameters, float32"
+    )
+    print_table(title, ("", "s per update", "ratio"), table)
 
 
 # ===== rollout: common.rollout against model.generate =====
@@ -472,10 +509,7 @@ PROMPTS_HEADER = ("ms, padded", "ms, shared", "ratio", "MiB kept, padded", "MiB 
 
 
 def section_prompts(args, scratch):
-    torch.manual_seed(1)
-    config = Qwen2Config(vocab_size=2048, hidden_size=192, num_hidden_layers=6, intermediate_size=512)
-    config.num_attention_heads, config.num_key_value_heads = 6, 3
-    model, rows = AutoModelForCausalLM.from_config(config).eval(), []
+    model, rows = small_qwen2(2048), []
     for length in (8, 64, 384):
         for samples in (1, 4, 8, 16):
             ids = torch.randint(1, 2048, (16 // samples, length)).tolist()

@@ -18,6 +18,7 @@ ROWS = {
     "all distinct": ([5, 9, 7, 4], [0, 1, 2, 3]),
     "one token among others": ([1, 9], [0, 1, 1, 0, 1, 1]),
     "one token": ([1], [0] * 5),
+    "one response token": ([5, 9], [0, 0, 1, 1, 1]),
 }
 
 
@@ -56,16 +57,17 @@ def test_log_probabilities_values_and_gradients_are_those_of_padded_passes(kind,
     torch.manual_seed(1)
     critic = ppo_lm.Critic(model).to(model.dtype)
     torch.nn.init.normal_(critic.head.weight)
-    args = Args(dtype="float32", response_length=R, temperature=0.7)
-    sequences, mask = make_batch(*ROWS[rows])
-    response_mask, seen = mask[:, -R:], tokens_of(model)
-    weights = torch.randn(3, len(mask), R, dtype=model.dtype)
+    length = 1 if rows == "one response token" else R
+    args = Args(dtype="float32", response_length=length, temperature=0.7)
+    sequences, mask = make_batch(*ROWS[rows], length)
+    response_mask, seen = mask[:, -length:], tokens_of(model)
+    weights = torch.randn(3, len(mask), length, dtype=model.dtype)
     found = []
     for inputs in (common.share_prompts, plain_inputs):
         monkeypatch.setattr(common, "share_prompts", inputs)
         logprobs, entropy = common.policy_logprobs(model, sequences, mask, args)
         values = critic(sequences, mask, args)
-        assert logprobs.shape == entropy.shape == (len(mask), R) and values.shape == (len(mask), R + 1)
+        assert logprobs.shape == entropy.shape == (len(mask), length) and values.shape == (len(mask), length + 1)
         parts = [part.where(response_mask, 0.0) for part in (logprobs, entropy, values[:, :-1])]
         sum((weight * part).sum() for weight, part in zip(weights, parts)).backward()
         gradients = [p.grad.clone() for p in [*model.parameters(), *critic.parameters()] if p.grad is not None]
