@@ -254,12 +254,6 @@ def prompt_indices(num_prompts, start, count, seed):
     return stream[start % num_prompts :][:count].tolist()
 
 
-def shuffled_rows(num_prompts, samples_per_prompt, device, *key):
-    """Indices of the rows of a batch, prompts in a random order that depends on `key`, rows of a prompt together."""
-    order = torch.randperm(num_prompts, generator=make_generator("cpu", *key)).to(device)
-    return (order[:, None] * samples_per_prompt + torch.arange(samples_per_prompt, device=device)).flatten()
-
-
 def all_reduce(tensor):
     """Return the sum of `tensor` over all ranks; with one rank, `tensor` itself."""
     if dist.is_initialized():
@@ -556,6 +550,19 @@ def micro_batches_of(inds, response_mask, args):
     longest = torch.zeros_like(response_mask[:, 0], dtype=torch.long).scatter_reduce(0, prompts, lengths, "amax")
     order = (longest[prompts] * len(response_mask) + prompts).argsort(descending=True, stable=True)  # (n,)
     return inds[order].split(args.micro_batch_size)
+
+
+def shuffled_rows(response_mask, args, *key):
+    """Indices of the rows of a batch, prompts in a random order that depends on `key`, rows of a prompt together."""
+    k, device = args.samples_per_prompt, response_mask.device
+    order = torch.randperm(len(response_mask) // k, generator=make_generator("cpu", *key)).to(device)
+    return (order[:, None] * k + torch.arange(k, device=device)).flatten()
+
+
+def shuffled_minibatches(response_mask, args, *key):
+    """One pass over the batch: a list of minibatches, which are lists of micro-batches."""
+    minibatches = shuffled_rows(response_mask, args, *key).tensor_split(args.num_minibatches)
+    return [micro_batches_of(inds, response_mask, args) for inds in minibatches]
 
 
 def trim(sequences, attention_mask, response_length):

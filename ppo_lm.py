@@ -360,18 +360,11 @@ def main(args, checkpoint=None):
 
         # ===== Log-probabilities (algorithm) =====
         batch = sequences, attention_mask  # (B, P+R), (B, P+R)
-        epochs = [
-            common.shuffled_rows(num_prompts, args.samples_per_prompt, device, args.seed, iteration, rank, epoch)
-            for epoch in range(args.update_epochs)
-        ]
-        minibatches = [mb_inds for rows in epochs for mb_inds in rows.tensor_split(args.num_minibatches)]
+        key = args.seed, iteration, rank
+        epochs = [common.shuffled_minibatches(response_mask, args, *key, epoch) for epoch in range(args.update_epochs)]
         # log pi_old comes from the loss's own function and from the micro-batches of its first pass, so that the first
         # ratio is exactly 1, in bfloat16 too, where the rounding error of a row depends on the rows batched with it.
-        micro_batches = [
-            inds
-            for mb_inds in minibatches[: args.num_minibatches]
-            for inds in common.micro_batches_of(mb_inds, response_mask, args)
-        ]
+        micro_batches = [inds for minibatch in epochs[0] for inds in minibatch]
         logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
@@ -414,9 +407,9 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # the metrics of each
-        for mb_inds in minibatches:
-            num_tokens, sums = all_reduce(response_mask[mb_inds].sum()), {}
-            for inds in common.micro_batches_of(mb_inds, response_mask, args):
+        for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:
+            num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
+            for inds in minibatch:
                 mask, inputs = response_mask[inds], (sequences[inds], attention_mask[inds])  # (b, R), (b, P+R) each
                 new_values = critic(*inputs, args)[:, :-1]  # (b, R)
                 v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)

@@ -602,7 +602,7 @@ def main(args, checkpoint=None):
         )
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
         num_rows = max(1, round(args.fvp_fraction * local_batch_size))
-        rows = common.shuffled_rows(num_prompts, args.samples_per_prompt, device, *key)[:num_rows]
+        rows = common.shuffled_rows(response_mask, args, *key)[:num_rows]
         inputs = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
         settings = args.cg_iters, args.cg_damping, args.cg_tol
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
@@ -636,11 +636,9 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * (remaining if args.anneal_lr else 1)
         losses = []
         for epoch in range(args.update_epochs):
-            key = args.seed, iteration, rank, epoch
-            rows = common.shuffled_rows(num_prompts, args.samples_per_prompt, device, *key)
-            for mb_inds in rows.tensor_split(args.num_minibatches):
-                num_tokens, sums = all_reduce(response_mask[mb_inds].sum()), {}
-                for inds in common.micro_batches_of(mb_inds, response_mask, args):
+            for minibatch in common.shuffled_minibatches(response_mask, args, args.seed, iteration, rank, epoch):
+                num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
+                for inds in minibatch:
                     new_values = critic(sequences[inds], attention_mask[inds], args)[:, :-1]  # (b, R)
                     v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)
                     (v_loss.where(response_mask[inds], 0.0).sum() / num_tokens).backward()

@@ -381,7 +381,10 @@ def test_the_sampling_copy_rounds_parameters_and_nothing_else():
 
 
 def test_seeds_and_iterations_have_shuffles_of_their_own():
-    rows = [common.shuffled_rows(50, 2, "cpu", *key).tolist() for key in ((1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1))]
+    rows = [
+        common.shuffled_rows(torch.ones(100, 1), Args(), *key).tolist()
+        for key in ((1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1))
+    ]
     assert len({tuple(row) for row in rows}) == 4
     streams = [common.prompt_indices(1000, 0, 50, seed) for seed in (1, 2)]
     assert streams[0] != streams[1]

@@ -138,6 +138,6 @@ def test_micro_batches_keep_prompts_together_and_rows_of_one_length():
 
 
 def test_shuffled_rows_keep_prompts_together():
-    rows = common.shuffled_rows(6, 4, "cpu", 1, 2, 3).view(6, 4)
+    rows = common.shuffled_rows(torch.ones(24, 1), Args(), 1, 2, 3).view(6, 4)
     assert sorted(rows.flatten().tolist()) == list(range(24)) and (rows // 4 == rows[:, :1] // 4).all()
-    assert not torch.equal(rows, common.shuffled_rows(6, 4, "cpu", 1, 2, 4).view(6, 4))
+    assert not torch.equal(rows, common.shuffled_rows(torch.ones(24, 1), Args(), 1, 2, 4).view(6, 4))
