@@ -593,6 +593,9 @@ class ResponseLayer(DynamicLayer):
         return tuple(torch.cat([shared.index_select(0, self.rows), own], 2) for shared, own in pairs)
 
 
+MIN_SAVED_TOKENS = 256  # or two passes cost more than they save
+
+
 def share_prompts(network, sequences, attention_mask, num_outputs):
     """Run each distinct prompt of the (b, L) rows once, and return what `network` is to be called with for the rest.
 
@@ -604,7 +607,7 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     length = sequences.shape[1] - num_outputs  # of what may be shared
     prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, L - num_outputs)
     distinct, rows = prompts.unique(dim=0, return_inverse=True) if length else (prompts, None)
-    if (len(prompts) - len(distinct)) * length < sequences.numel() / 4:  # two passes would gain little
+    if (len(prompts) - len(distinct)) * length < max(MIN_SAVED_TOKENS, sequences.numel() / 4):
         return inputs | dict(use_cache=False)
     mask, cache = distinct >= 0, Cache(layer_class_to_replicate=PromptLayer)
     settings = dict(attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache, use_cache=True)

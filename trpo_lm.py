@@ -19,8 +19,7 @@ with a positive advantage become more likely. Generalized advantage estimation (
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
 V is 0 after an end token. A response that is cut at the length limit has not ended: with --truncation terminal the
-limit counts as an end, which makes it part of the task; with bootstrap V of the state after the last token stands in
-for the tokens that never came.
+limit counts as an end, which makes it part of the task; with bootstrap V of the state after the last token stands in.
 
 TRPO (Schulman et al. 2015) takes one step per batch, as far as a trust region around the old policy allows. With
 ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t) and E_t the mean over all response tokens of the batch, on all ranks,
@@ -57,8 +56,7 @@ since the rounding error of bfloat16 in the KL can be as large as delta. E_t div
 reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
-D number of parameters; vectors of all parameters are flat. common.py begins with a drawing of how prompts, responses,
-masks, logits and values are aligned.
+D number of trained parameters. common.py begins with a drawing of how prompts, responses and values are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
@@ -325,14 +323,10 @@ def plain_attention():
 
 
 def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprobs, num_tokens, args):
-    """Gradient g of the surrogate at the old policy, where every ratio is 1.
+    """Gradient g (D,) of the surrogate at the old policy, where every ratio is 1, on all ranks; and two metrics.
 
-    Args:
-        batch: sequences (B, P+R), attention mask (B, P+R) and response mask (B, R).
-        micro_batches: tensors of row indices. num_tokens: response tokens on all ranks.
-        advantages, sampler_logprobs: (B, R).
-    Returns:
-        g: (D,), over all ranks; and a dictionary with `policy/entropy` and `policy/sampler_gap`.
+    batch: sequences (B, P+R), attention mask (B, P+R) and response mask (B, R). advantages, sampler_logprobs: (B, R).
+    micro_batches: tensors of row indices. num_tokens: response tokens on all ranks.
     """
     g, sums = flatten(policy).zero_(), {}
     for inds in micro_batches:
@@ -387,12 +381,8 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
     """Solve (F + d I) x = g for x, with d = relative_damping * g'Fg / g'g (Hestenes and Stiefel 1952).
 
     Starts at x = 0, where the first product is F g. Ends at a small residual, or, with the last x that was good, when
-    the curvature along the next direction is not positive or not finite.
-
-    Args:
-        product: function v -> F v on (D,) vectors.
-    Returns:
-        x (D,), d, norm of the residual relative to that of g, iterations done.
+    the curvature along the next direction is not positive or not finite. product: function v -> F v on (D,) vectors.
+    Returns x (D,), d, norm of the residual relative to that of g, iterations done.
     """
     x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
     g_squared = residual_squared = dot(g, g)
@@ -437,18 +427,14 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
         new_logprobs, old_logprobs = [common.token_statistics(z, tokens)[0] for z in (new_logits, old_logits)]  # (b, R)
         gain = ((new_logprobs - old_logprobs).exp() - 1) * advantages[inds]  # (b, R)
         common.add_sums(sums, mask, {"gain": gain, "kl": exact_kl(old_logits, new_logits)})
-    means = common.means_over_ranks(sums, num_tokens)
-    return means["gain"], means["kl"]  # (6)
+    return tuple(common.means_over_ranks(sums, num_tokens).values())  # (6)
 
 
 def line_search(policy, theta, step, predicted_gain, gain_and_kl, max_kl, args):
     """Move the policy to the first of theta + c^j step that keeps the trust region and improves enough.
 
-    Args:
-        theta, step: (D,). predicted_gain: of the full step. max_kl: delta.
-        gain_and_kl: function () -> gain and KL of the policy's current parameters.
-    Returns:
-        fraction (0 if no step passed, and theta is back, bit for bit), gain, kl, steps tried.
+    theta, step: (D,). predicted_gain: of the full step. gain_and_kl: function () -> gain and KL of the current policy.
+    Returns fraction (0 if no step passed, and theta is back, bit for bit), gain, kl, steps tried.
     """
     max_tries = args.backtrack_iters if 0 < predicted_gain < torch.inf else 0  # a zero or NaN gradient has no step
     for tried in range(max_tries):
@@ -601,12 +587,10 @@ def main(args, checkpoint=None):
             policy, data, micro_batches, advantages, sampler_logprobs, num_tokens, float32_args
         )
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
-        num_rows = max(1, round(args.fvp_fraction * local_batch_size))
-        rows = common.shuffled_rows(response_mask, args, *key)[:num_rows]
+        rows = common.shuffled_rows(response_mask, args, *key)[: max(1, round(args.fvp_fraction * local_batch_size))]
         inputs = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
-        settings = args.cg_iters, args.cg_damping, args.cg_tol
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
-            lambda v, inputs=inputs: fisher_vector_product(v, *inputs), g, *settings
+            lambda v, inputs=inputs: fisher_vector_product(v, *inputs), g, args.cg_iters, args.cg_damping, args.cg_tol
         )
         curvature = fisher_quadratic_form(x, policy, data, micro_batches, num_tokens, float32_args)
         scale = (2 * max_kl / curvature) ** 0.5 if 0 < curvature < torch.inf else 0.0  # (10)

@@ -143,6 +143,7 @@ def test_fisher_products_are_those_of_the_dense_matrix_in_the_space_of_the_adapt
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_prompts_are_shared_with_adapters_too(kind, monkeypatch):
+    monkeypatch.setattr(common, "MIN_SAVED_TOKENS", 0)
     model, args = with_adapters(kind), trpo_lm.Args(dtype="float32", response_length=4)
     sequences, mask = make_batch(*ROWS["together"])
     found = []

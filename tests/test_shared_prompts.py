@@ -47,6 +47,11 @@ def tokens_of(network):
     return seen
 
 
+@pytest.fixture(autouse=True)
+def share_whatever_it_saves(monkeypatch):
+    monkeypatch.setattr(common, "MIN_SAVED_TOKENS", 0)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", [*SHAPES, "mixtral"])
 def test_log_probabilities_values_and_gradients_are_those_of_padded_passes(kind, rows, monkeypatch):
@@ -106,6 +111,18 @@ def test_the_products_and_the_line_search_of_trpo_share_prompts(kind, monkeypatc
         assert quadratic == pytest.approx((vector @ product).item(), rel=1e-4)
     for shared, plain in zip(*found, strict=True):
         assert (shared - plain).norm() <= (1e-9 if exact else 1e-3) * plain.norm()
+
+
+def test_few_tokens_are_not_shared(monkeypatch):
+    sequences, mask = make_batch(*ROWS["together"])
+    model, saved = tiny_model(), (12 - 3) * 10  # of which prompts of 11 columns have all but the last
+    for least, calls in ((saved, 2), (saved + 1, 1)):
+        monkeypatch.setattr(common, "MIN_SAVED_TOKENS", least)
+        seen = tokens_of(model)
+        common.share_prompts(model, sequences, mask, R + 1) if calls == 2 else model(
+            **common.share_prompts(model, sequences, mask, R + 1)
+        )
+        assert len(seen) == 1 and (seen[0] < sequences.numel()) == (calls == 2)
 
 
 def test_columns_that_no_row_needs_are_cut():

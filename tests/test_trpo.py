@@ -394,3 +394,18 @@ def test_critic_does_not_move_the_policy_nor_the_policy_the_critic(tmp_path):
     assert logged["objective/kl_ref"] == pytest.approx([0.0, 0.0], abs=1e-5)  # the policy is its reference still
     logged = trpo_run(tmp_path, "--total-episodes", 64, "--critic-learning-rate", 1e-30)
     assert logged["trpo/accepted"] == [1.0, 1.0] and logged["value/mean"] == pytest.approx([0.0, 0.0], abs=1e-20)
+
+
+def test_products_have_other_rows_in_each_iteration_and_each_row_once(tmp_path, monkeypatch):
+    seen, product = [], trpo_lm.fisher_vector_product
+
+    def recording_product(vector, policy, batch, micro_batches, args):
+        seen.append(torch.cat(micro_batches).tolist())
+        return product(vector, policy, batch, micro_batches, args)
+
+    monkeypatch.setattr(trpo_lm, "fisher_vector_product", recording_product)
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--fvp-fraction", 0.375]
+    run_main(trpo_lm, *flags, "--micro-batch-size", 5, "--output-dir", tmp_path)
+    rows = {tuple(sorted(inds)) for inds in seen}
+    assert all(len(inds) == len(set(inds)) == 12 and set(inds) <= set(range(32)) for inds in seen)
+    assert len(rows) == 3, "one choice for all products of an iteration"
