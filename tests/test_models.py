@@ -186,7 +186,7 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
         with pytest.raises(common.InputError):
             load()
         assert not imported.exists()
-        with pytest.raises((common.InputError, NotImplementedError, AttributeError)):  # there is nothing behind it
+        with pytest.raises((common.InputError, NotImplementedError, AttributeError)):  # there is no such code
             load(trust_remote_code=True)
         assert imported.exists()
         imported.unlink()

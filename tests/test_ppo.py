@@ -140,7 +140,7 @@ def test_critic_starts_at_zero_as_a_copy_and_reads_the_right_states(kind, size):
     torch.nn.init.normal_(critic.head.weight)
     values = critic(sequences, mask, args)
     assert values.shape == (4, 4)
-    for t in range(4):  # V_t reads the prompt and the t tokens before, and nothing behind
+    for t in range(4):  # V_t reads the prompt and the t tokens before, and nothing after them
         changed = sequences.clone()
         changed[:, 4 + t :] = 1
         torch.testing.assert_close(critic(changed, mask, args)[:, : t + 1], values[:, : t + 1])

@@ -107,7 +107,7 @@ def test_the_end_token_gets_gradient_and_what_follows_gets_none():
     logprobs, _ = common.token_statistics(logits, RESPONSES)
     policy_gradient_loss(logprobs, torch.ones(7, 2), MASK, 7).backward()
     assert (logits.grad[1, 1, 0] < 0) and (logits.grad[0, 0, 0] < 0)  # [1, end] and [end]: the end becomes more likely
-    assert (logits.grad[0, 1] == 0).all()  # behind [end]
+    assert (logits.grad[0, 1] == 0).all()  # after [end]
 
 
 def test_rewards_and_returns_by_hand():

@@ -68,7 +68,7 @@ def test_scores_are_the_logits_of_single_texts(classifier):
     ids=["no padding token", "another padding token than the tokenizer's", "dropout"],
 )
 def test_batches_are_scored_alike_whatever_was_saved_with_the_weights(config, pad_token, classifier, tmp_path):
-    """A decoder's score would be read behind the end of a short text if its config decided what padding is."""
+    """A decoder's score would be read after the end of a short text if its config decided what padding is."""
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     tokenizer = common.load_tokenizer(classifier, [])
     vars(model.config).update(config)

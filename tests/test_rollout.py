@@ -145,7 +145,7 @@ def test_an_end_token_that_is_also_the_padding_is_trained_as_an_input(kind, mode
     assert (model.get_input_embeddings().weight.grad[:3].abs().sum(1) > 0).all()
 
 
-def test_mask_ends_behind_the_first_of_several_end_tokens():
+def test_mask_ends_with_the_first_of_several_end_tokens():
     rows = [[5, 9, 3, 0, 1], [9, 0, 9, 9, 9], [1, 2, 3, 4, 5], [1, 2, 3, 4, 0], [0, 1, 2, 3, 4], [1, 9, 2, 3, 4]]
     expected = []
     for row in rows:

@@ -260,13 +260,13 @@ def test_in_bfloat16_the_policy_starts_as_its_reference_and_ratios_at_one(script
 
 @pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
 def test_end_tokens_of_a_prompt_end_no_response(script, tmp_path, monkeypatch):
-    dataset, module, behind = tmp_path / "turns.jsonl", importlib.import_module(script), []
+    dataset, module, after_end = tmp_path / "turns.jsonl", importlib.import_module(script), []
     rows = [{"prompt": f"{i:02d}<end>{i:02d}", "reference": str(i)} for i in range(100)]  # as chat templates have them
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     advantages = module.generalized_advantages
 
     def recording_advantages(rewards, values, response_mask, next_values, *rest):
-        behind.append(next_values)
+        after_end.append(next_values)
         return advantages(rewards, values, response_mask, next_values, *rest)
 
     monkeypatch.setattr(module, "generalized_advantages", recording_advantages)
@@ -274,7 +274,7 @@ def test_end_tokens_of_a_prompt_end_no_response(script, tmp_path, monkeypatch):
     run_main(module, *flags, "--batch-size", 32, "--eval-size", 4, "--output-dir", tmp_path / "runs")
     (run_dir,) = (tmp_path / "runs").iterdir()
     ended = scalars(run_dir)["objective/ended"][-1][1]
-    assert 0 < ended < 1 and (behind[-1] == 0).float().mean().item() == pytest.approx(ended)
+    assert 0 < ended < 1 and (after_end[-1] == 0).float().mean().item() == pytest.approx(ended)
 
 
 def kill_process(module, flags):
@@ -358,7 +358,7 @@ def assert_same(expected, found):
 
 
 def test_a_resumed_run_logs_each_episode_once(tmp_path):
-    """Also those that the run before had logged behind its last checkpoint."""
+    """Also those that the run before had logged after its last checkpoint."""
     flags = ["--total-episodes", 160, "--batch-size", 32, "--eval-size", 4, "--save-every", 3, "--device", "cpu"]
     run_main(reinforce_lm, *flags, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()

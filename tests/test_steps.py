@@ -157,7 +157,7 @@ class Recorded:
         return policy(text, attention_mask=torch.ones_like(text)).logits[0, len(prompt) - 1 : -1] / T
 
     def values(self, row, critic):
-        """Of the states before each token and of the one behind the last: (T_i + 1,)."""
+        """Of the states before each token and of the one after the last: (T_i + 1,)."""
         prompt, response, *_ = row
         text = torch.tensor([prompt + response])
         hidden = critic.backbone(text, attention_mask=torch.ones_like(text)).last_hidden_state[0, len(prompt) - 1 :]
