@@ -1,9 +1,9 @@
 """Tokenization, prompts, rollout, scoring and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
-Nothing here knows an algorithm. Functions do not write to the tensors they are given, but for those whose names say so
-(`copy_weights`, `add_sums`, `sum_and_clip_gradients`). `args` are the flags of a script.
-Shapes: N prompts, B responses of a batch on this rank, b of a micro-batch, P prompt length, R response length,
-V vocabulary.
+Functions do not write to the tensors they are given, but for those whose names say so (`copy_weights`, `add_sums`,
+`sum_and_clip_gradients`, `add_adapters`). `args` are the flags of a script.
+Shapes: N prompts, B responses of a batch on this rank, b of a micro-batch, P prompt length, R response length, p and r
+those of a micro-batch after `trim`, V vocabulary.
 
 Prompts are padded on the left, so that every response starts in the same column. With P = 3 and R = 4, a prompt of two
 tokens p and a response of two tokens a and an end token e:
@@ -13,7 +13,7 @@ tokens p and a response of two tokens a and an end token e:
     attention_mask      0    1    1    1    1    1    0        (B, P+R)
     response_mask                      1    1    1    0        (B, R)      the last R columns of attention_mask
     logits at column              2    3    4    5             (B, R, V)   score a1, a2, e, pad: one column earlier
-    values at column              2    3    4    5    6        (B, R+1)    of the states before a1, a2, e, pad; the last
+    values at column              2    3    4    5    6        (B, R+1)    of the states before these, and after pad
 
 The mask ends after the first end token that was sampled, an action like any other. It is made once, by the rollout.
 Nothing compares ids with the padding id, which may be the end token's:
@@ -118,7 +118,9 @@ def show(line, file=None, end="\n"):
     on_terminal, file = sys.stderr.isatty(), file or sys.stdout
     line = line.encode(file.encoding or "utf-8", "backslashreplace").decode(file.encoding or "utf-8")
     try:
-        print(("\r\033[K" if on_terminal else "") + line, file=file, end=end if on_terminal else "\n", flush=True)
+        if on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print(line, file=file, end=end if on_terminal else "\n", flush=True)
     except OSError:  # nobody reads any more, as after `| head`: no reason to end a run
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -142,7 +144,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 GROUPS = {"model": "model", "dataset": "data", "reward": "reward", "total_episodes": "batch", "output_dir": "run"}
 GROUPS |= {"kl_coef": "algorithm"}
 # What a resumed run may change: its length, what bounds memory or sets speed, and how often to evaluate and save.
-CHANGEABLE = {"resume", "device", "output_dir", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
+CHANGEABLE = {"resume", "device", "save_every", "eval_every", "micro_batch_size", "rollout_batch_size"}
 CHANGEABLE |= {"activation_checkpointing", "compile", "cuda_graph", "total_episodes"}
 
 
@@ -183,7 +185,7 @@ def parse_flags(args_class, tiny, argv=None):
     elif args.lora_rank:  # adapters take about ten times the rates of full training (Schulman et al. 2025)
         defaults = {name: 10 * x if name.endswith("learning_rate") else x for name, x in defaults.items()}
     args = parse(args_class, argv, args_class(**defaults), description)
-    if args.resume and (":" in args.reward or args.trust_remote_code):
+    if args.resume and (".py:" in args.reward or args.trust_remote_code):
         show(f"--resume runs code: --reward {args.reward}, --trust-remote-code {args.trust_remote_code}", sys.stderr)
     return args, checkpoint
 
@@ -326,10 +328,12 @@ def start_run(script, args, episode):
     """
     parts = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
     run_dir = args.resume or str(Path(args.output_dir, f"{'__'.join(map(str, parts))}-{os.getpid()}"))
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(run_dir, "lock"), "w")
+    with blame(f"could not lock {run_dir}, which another process may be using"):
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     writer = SummaryWriter(run_dir, purge_step=episode + 1 if args.resume else None)
-    writer.lock = open(Path(run_dir, "lock"), "w")  # held as long as this process lives
-    with blame(f"{run_dir} is in use by another process"):
-        fcntl.lockf(writer.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    writer.lock = lock  # held as long as this process lives
     Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     for summary in hparams(asdict(args), {"eval/score": 0}):  # TensorBoard's HPARAMS tab
         writer.file_writer.add_summary(summary)
@@ -428,7 +432,7 @@ def load_policy(args, tokenizer, ids):
 def add_adapters(policy, args):
     """Freeze the policy, and give all linear layers but the head LoRA adapters (Hu et al. 2022), of no effect at first.
 
-    With --dtype bfloat16 these layers are held in bfloat16, as passes take them anyway. TRPO computes in float32.
+    With --dtype bfloat16 these layers are held in bfloat16, as autocast would cast them anyway. TRPO needs float32.
     """
     with blame("--lora-rank (pip install peft)"), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         from peft import LoraConfig
@@ -447,7 +451,7 @@ def adapted_layers(network):
 
 
 def copy_network(network):
-    """A copy that shares the frozen parameters: with adapters the base, else none."""
+    """A copy that shares the frozen parameters, by deepcopy's memo: with adapters the base, else none."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
 
 
@@ -507,7 +511,7 @@ def save_model(model, tokenizer, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails.
 
     It is written under another name and renamed: a folder is whole or not there. Adapters are saved beside it, in
-    `adapter`, and merged into the model, which is its end: copies that share its base have other weights then.
+    `adapter`, and then merged into the model in place. Do not use the model, or copies that share its base, afterward.
     """
     transformers.utils.logging.disable_progress_bar()
     with blame(f"writing {folder}"):
@@ -515,6 +519,7 @@ def save_model(model, tokenizer, folder):
         if adapted:
             model.save_pretrained(Path(folder).parent / "adapter")
             model._hf_peft_config_loaded = False  # or only adapters would be saved
+            model.cpu()  # where there is room for a base in float32
         for name, layer in adapted.items():
             layer.base_layer.weight.data = layer.base_layer.weight.data.float()
             layer.merge()
@@ -535,7 +540,7 @@ def end_token_ids(tokenizer, model):
     return sorted(end_ids)
 
 
-# ===== Passes over a batch: a prompt is run once for all its responses, and columns that no row needs are cut =====
+# ===== Passes over a micro-batch: a prompt is run once for its responses, and columns that no row needs are cut =====
 def position_ids(attention_mask):
     """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -548,7 +553,10 @@ def micro_batches_of(inds, response_mask, args):
     """
     lengths, prompts = response_mask[inds].sum(1), inds // args.samples_per_prompt  # (n,), (n,)
     longest = torch.zeros_like(response_mask[:, 0], dtype=torch.long).scatter_reduce(0, prompts, lengths, "amax")
-    order = (longest[prompts] * len(response_mask) + prompts).argsort(descending=True, stable=True)  # (n,)
+    keys = (
+        longest[prompts] * len(response_mask) + prompts
+    )  # (n,), one per prompt: its longest response, then its number
+    order = keys.argsort(descending=True, stable=True)  # (n,)
     return inds[order].split(args.micro_batch_size)
 
 
@@ -574,7 +582,7 @@ def trim(sequences, attention_mask, response_length):
 
 
 class PromptLayer(DynamicLayer):
-    """Keys and values of prompts. Writes over old ones, since a layer with a checkpoint runs twice."""
+    """Keys and values of prompts. Writes over old ones, since a checkpointed layer runs twice."""
 
     def update(self, keys, values, *_, **__):
         self.keys, self.values, self.is_initialized = keys, values, True
@@ -599,9 +607,9 @@ MIN_SAVED_TOKENS = 256  # or two passes cost more than they save
 def share_prompts(network, sequences, attention_mask, num_outputs):
     """Run each distinct prompt of the (b, L) rows once, and return what `network` is to be called with for the rest.
 
-    The prompts' pass fills a cache, with a gradient: the sum over the rows that share a prompt. The call that is left
-    has the outputs of, at least, the last `num_outputs` columns. The first of them is the prompt's last token, which
-    therefore stays with each row.
+    The prompts' pass fills a cache; gradients flow back into it, summed over the rows that share a prompt. The call
+    that is left returns at least the last `num_outputs` columns; the first of these is the prompt's last token, so that
+    token stays with each row.
     """
     inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
     length = sequences.shape[1] - num_outputs  # of what may be shared
@@ -664,7 +672,7 @@ def policy_logprobs(model, sequences, attention_mask, args):
     The one way to a log-probability: of the policy in the loss, and, by `batched_logprobs`, of the old policy and the
     reference. So the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
     """
-    logits = response_logits(model, sequences, attention_mask, args)  # (b, R, V)
+    logits = response_logits(model, sequences, attention_mask, args)  # (b, r, V)
     return token_statistics(logits, sequences[:, -args.response_length :])
 
 
@@ -700,7 +708,7 @@ class Prompts:
 
     def digest(self):
         """A number that tells whether prompts are the same."""
-        return zlib.crc32(json.dumps(self.rows).encode())
+        return zlib.crc32(json.dumps(self.rows, default=str).encode())
 
     def padded(self, device="cpu"):
         """Ids and mask of real tokens, (N, P) each, left-padded to the longest of these prompts."""
@@ -791,7 +799,8 @@ def split_prompts(prompts, eval_size):
 def load_prompts(args, checkpoint=None):
     """The tokenizer of --model, and training and held-out `Prompts`, which must be those of the checkpoint, if any."""
     columns = args.prompt_column, args.reference_column
-    rows = load_rows(args.dataset, "--dataset", *columns)
+    dataset = args.dataset if args.total_episodes else args.eval_dataset or args.dataset  # none to train on
+    rows = load_rows(dataset, "--dataset", *columns)
     eval_rows = load_rows(args.eval_dataset, "--eval-dataset", *columns)[: args.eval_size] if args.eval_dataset else []
     tokenizer = load_tokenizer(args.model, rows + eval_rows, args.trust_remote_code)
     train = encode_prompts(tokenizer, rows, args.prompt_length)
@@ -1077,13 +1086,15 @@ def score_responses(reward_fn, args, rows, responses, facts):
     """
     rows, name = [row for row in rows for _ in range(len(responses) // len(rows))], f"--reward {args.reward}"
     columns = copy.deepcopy({column: [row[column] for row in rows] for column in rows[0]})
-    wanted = inspect.signature(reward_fn).parameters
-    columns |= {fact: list(values) for fact, values in facts.items() if fact in wanted}
     with blame(name):
+        wanted = inspect.signature(reward_fn).parameters
+        columns |= {fact: list(values) for fact, values in facts.items() if fact in wanted}
         returned = reward_fn(columns.pop("prompt"), list(responses), **columns)
         has_parts = isinstance(returned, tuple) and isinstance(returned[-1], dict)
         scores, parts = returned if has_parts else (returned, {})
-        parts = {"scores": scores} | parts
+        taken = {"scores", "score", "exact"} & set(parts)
+        require(not taken, name, "parts with other names than scores, score and exact", sorted(taken))
+        parts = {"scores": scores} | dict(sorted(parts.items()))
         parts = {part: values.tolist() if hasattr(values, "tolist") else values for part, values in parts.items()}
     for part, values in parts.items():
         is_list = isinstance(values, (list, tuple)) and len(values) == len(responses)

@@ -76,7 +76,7 @@ class Args:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of forward and backward passes; weights, gradients and optimizer state are always float32"""
+    """precision of forward and backward passes; trained weights, gradients and optimizer state are always float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
@@ -362,8 +362,8 @@ def main(args, checkpoint=None):
         batch = sequences, attention_mask  # (B, P+R), (B, P+R)
         key = args.seed, iteration, rank
         epochs = [common.shuffled_minibatches(response_mask, args, *key, epoch) for epoch in range(args.update_epochs)]
-        # log pi_old comes from the loss's own function and from the micro-batches of its first pass, so that the first
-        # ratio is exactly 1, in bfloat16 too, where the rounding error of a row depends on the rows batched with it.
+        # log pi_old comes from the loss's own function and the micro-batches of the update's first pass, so that
+        # the first ratio is exactly 1, in bfloat16 too, where a row's rounding error depends on the rows around it.
         micro_batches = [inds for minibatch in epochs[0] for inds in minibatch]
         logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R)
 
@@ -479,7 +479,8 @@ def main(args, checkpoint=None):
     # ===== Finish (shared by all three scripts) =====
     if rank == 0:
         writer.close()
-        common.save_model(policy, tokenizer, f"{run_dir}/model")
+        if num_iterations:
+            common.save_model(policy, tokenizer, f"{run_dir}/model")
         summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
         summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
         summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}

@@ -83,7 +83,7 @@ class Args:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of forward and backward passes; weights, gradients and optimizer state are always float32"""
+    """precision of forward and backward passes; trained weights, gradients and optimizer state are always float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
@@ -472,9 +472,8 @@ def main(args, checkpoint=None):
     critic_optimizer = torch.optim.AdamW(
         critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=True
     )
-    # What a checkpoint holds, and what goes from one iteration to the next.
-    trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}
-    carried = {"kl_coef": args.kl_coef}
+    trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}  # what a checkpoint holds
+    carried = {"kl_coef": args.kl_coef}  # and what goes from one iteration to the next
     float32_args = Args(**asdict(args) | {"dtype": "float32"})  # for the policy's update
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
@@ -653,7 +652,8 @@ def main(args, checkpoint=None):
     # ===== Finish (shared by all three scripts) =====
     if rank == 0:
         writer.close()
-        common.save_model(policy, tokenizer, f"{run_dir}/model")
+        if num_iterations:
+            common.save_model(policy, tokenizer, f"{run_dir}/model")
         summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
         summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
         summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}

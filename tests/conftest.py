@@ -77,9 +77,11 @@ def model_folder(tmp_path):
 
 def run_main(script, *flags):
     """Run a script's main in this process, as its command line would, with TINY's defaults for every model."""
-    own = [] if "--resume" in flags else [x for name, value in script.TINY.items() for x in (common.flag(name), value)]
+    argv = [str(flag) for flag in flags]
     with common.one_line_errors():
-        return script.main(*common.parse_flags(script.Args, script.TINY, [str(flag) for flag in [*own, *flags]]))
+        if "--resume" in argv:
+            return script.main(*common.parse_flags(script.Args, script.TINY, argv))
+        return script.main(common.parse(script.Args, argv, script.Args(**script.TINY), ""))
 
 
 def run_script(name, *flags, cwd=ROOT, check=True, **settings):

@@ -31,6 +31,8 @@ sample, load_policy = common.rollout, common.load_policy
 
 
 def rollout_by_prompt(model, prompts, prompt_mask, *rest, **settings):
+    if settings.get("greedy"):
+        return sample(model, prompts, prompt_mask, *rest, **settings)
     parts = []
     for prompt, mask in zip(prompts, prompt_mask):
         settings["generator"] = common.make_generator("cpu", *prompt.tolist())
@@ -87,6 +89,7 @@ def train(run, runs_dir):
         "--save-every",
         0,
     ]
+    flags += ["--response-length", 6] if " " in run else []
     flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--device", "cpu", "--output-dir", runs_dir, *RUNS[run]]
     with recorded_gradients(torch.optim.AdamW) as steps:
         run_main(script, *flags)

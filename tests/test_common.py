@@ -1,5 +1,6 @@
 """Tokenization, prompts, rewards, randomness and checkpoints."""
 
+import datetime
 import json
 import os
 import sys
@@ -347,6 +348,14 @@ def test_rewards_that_ask_get_facts_and_may_return_parts():
     assert scores.tolist() == [0.0] * 4 and parts == {}
     with pytest.raises(InputError, match="--reward mine: expected a list of 4 style, found"):
         score(lambda prompts, responses: ([0.0] * 4, {"style": [1.0]}))
+    with pytest.raises(InputError, match="other names than scores, score and exact, found .'scores'"):
+        score(lambda prompts, responses: ([0.0] * 4, {"scores": [1.0] * 4}))
+
+
+def test_a_digest_tells_data_apart_and_takes_what_hubs_hold():
+    rows = [{"prompt": "a", "when": datetime.date(2026, 1, 1)}, {"prompt": "b", "when": datetime.date(2026, 1, 2)}]
+    same, other = common.Prompts([dict(row) for row in rows], []), common.Prompts(rows[::-1], [])
+    assert common.Prompts(rows, []).digest() == same.digest() != other.digest()
 
 
 def test_lines_never_end_a_run(tmp_path):

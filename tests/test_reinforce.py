@@ -231,15 +231,15 @@ def test_equal_scores_and_no_kl_leave_the_weights_alone(score, flags, tmp_path):
 
 def test_reference_is_only_kept_when_it_is_paid_for(tmp_path, monkeypatch):
     copies = []
-    deepcopy = reinforce_lm.copy.deepcopy
+    deepcopy = common.copy.deepcopy
 
-    def recording_deepcopy(thing):
-        copied = deepcopy(thing)
+    def recording_deepcopy(thing, *memo):
+        copied = deepcopy(thing, *memo)
         if isinstance(thing, torch.nn.Module):
             copies.append(copied)
         return copied
 
-    monkeypatch.setattr(reinforce_lm.copy, "deepcopy", recording_deepcopy)
+    monkeypatch.setattr(common.copy, "deepcopy", recording_deepcopy)
     one_step_gradient(tmp_path, "--kl-coef", 0)
     assert not copies
     one_step_gradient(tmp_path, "--kl-coef", 0.1)

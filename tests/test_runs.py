@@ -511,7 +511,7 @@ def error_of(capsys, script, *flags):
 
 
 def test_which_flags_a_resumed_run_may_change():
-    allowed = "resume device output_dir save_every eval_every micro_batch_size rollout_batch_size total_episodes"
+    allowed = "resume device save_every eval_every micro_batch_size rollout_batch_size total_episodes"
     allowed += " activation_checkpointing compile cuda_graph"
     for script in map(importlib.import_module, SCRIPTS):
         args = script.Args(**script.TINY)
@@ -535,7 +535,8 @@ def test_a_run_directory_has_one_writer(tmp_path):
     output = tmp_path / "output"
     other = fork(run_main, reinforce_lm, "--resume", run_dir, "--total-episodes", 96, output=output)
     other.join(60)
-    assert other.exitcode == 2 and f"{run_dir} is in use by another process" in output.read_text()
+    assert other.exitcode == 2 and f"could not lock {run_dir}" in output.read_text()
+    assert len(list(run_dir.glob("events*"))) == 2, "of this process, and none of the one that was refused"
     writer.close()
     assert run_dir_again == str(run_dir) and scalars(run_dir)["eval/score"] == before["eval/score"]
 
@@ -575,8 +576,7 @@ def test_a_model_is_evaluated_on_other_prompts_without_training(script, tmp_path
     assert final["eval_score"] == final["eval_score_before"] == "3.000" and final["episodes"] == "0"
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert list(scalars(run_dir)) == ["eval/score", "eval/end"]
-    before, after = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, run_dir / "model")]
-    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert not (run_dir / "model").exists()
 
 
 def test_parts_of_a_reward_are_logged(tmp_path):
