@@ -98,11 +98,14 @@ def blame(name):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End the process with one line: exit code 2 for an `InputError` or a failed write, 130 for Control-C."""
+    """End the process with one line: exit code 2 for bad input, a failed write or a full GPU, 130 for Control-C."""
     try:
         yield
     except (InputError, OSError) as error:
         line, code = f"error: {error}", 2
+    except torch.OutOfMemoryError as error:
+        bounds = "--micro-batch-size, --rollout-batch-size, --activation-checkpointing and --lora-rank"
+        line, code = f"error: out of memory, which {bounds} bound: {error}", 2
     except KeyboardInterrupt as error:
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
         run_dir = next((names["run_dir"] for names in frames if "run_dir" in names), "RUN_DIR")  # of main
@@ -229,6 +232,7 @@ def start_ranks(device):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(device != "cuda" or gpus, "--device", "a CUDA device on this machine (or --device cpu)", "none")
     device = ("cuda" if gpus else "cpu") if device == "auto" else device
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gradients of masked attention can be NaN (pytorch issue 196678)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -873,6 +877,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             decoder.step(tokens)
         response_mask = mask_through_first_end(responses, end_ids)  # (b, R)
         chunks.append((responses.where(response_mask, PAD_ID), response_mask, logprobs.where(response_mask, 0.0)))
+        decoder = None  # frees its cache before the next one is made
     responses, response_mask, logprobs = [torch.cat(parts) for parts in zip(*chunks)]
     require(logprobs.isfinite().all(), "--model", "finite logits; try a lower learning rate", "NaN or infinity")
     return responses, response_mask, logprobs

@@ -1,6 +1,8 @@
 """Rollout, masks, padding and scored log-probabilities: against plain forward passes of single prompts."""
 
+import gc
 import json
+import weakref
 
 import common
 import reinforce_lm
@@ -183,6 +185,21 @@ def test_equal_prompts_are_sampled_apart():
     generator = torch.Generator().manual_seed(0)
     responses, *_ = rollout(tiny_model("llama"), prompts, prompts.bool(), 6, [], 2, generator=generator)
     assert len({tuple(row) for row in responses.tolist()}) == 8
+
+
+def test_one_cache_at_a_time(monkeypatch):
+    alive, init = weakref.WeakSet(), common.Decoder.__init__
+
+    def counting_init(decoder, *rest):
+        gc.collect()
+        assert not alive
+        alive.add(decoder)
+        init(decoder, *rest)
+
+    monkeypatch.setattr(common.Decoder, "__init__", counting_init)
+    _, ids, mask = ragged_prompts(0)
+    responses, *_ = rollout(tiny_model(), ids, mask, 3, [0], rollout_batch_size=1)
+    assert len(responses) == 4
 
 
 def test_greedy_rollout_is_the_argmax_of_full_forwards():

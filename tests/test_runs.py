@@ -630,6 +630,15 @@ def test_a_saved_model_is_whole_or_not_there(tmp_path, model_folder):
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("model")) == ["model"]
 
 
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(common, "rollout", full)
+    error = error_of(capsys, reinforce_lm, *FEW, "--output-dir", tmp_path)
+    assert "--micro-batch-size" in error and "Tried to allocate 2 GiB" in error
+
+
 def test_the_schedule_of_checkpoints(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(common, "save_checkpoint", lambda run_dir, iteration, state: saved.append(iteration))
