@@ -28,6 +28,4 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     assert replays > 15 * captures / 2, "most graphs serve many tokens"
     (run_dir,) = (tmp_path / "runs").iterdir()
     gaps = [gap for _, gap in scalars(run_dir)["policy/sampler_gap"]]
-    assert len(gaps) == updates and 0 < max(gaps) < largest_gap, (
-        "replayed passes give the log-probabilities of the loss"
-    )
+    assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"

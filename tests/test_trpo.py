@@ -409,3 +409,22 @@ def test_products_have_other_rows_in_each_iteration_and_each_row_once(tmp_path, 
     rows = {tuple(sorted(inds)) for inds in seen}
     assert all(len(inds) == len(set(inds)) == 12 and set(inds) <= set(range(32)) for inds in seen)
     assert len(rows) == 3, "one choice for all products of an iteration"
+
+
+def test_inner_products_of_long_vectors_are_right():
+    a, b = torch.randn(2, 3_000_001, generator=torch.Generator().manual_seed(0))
+    exact = (a.double() @ b.double()).item()
+    assert abs(trpo_lm.dot(a, b) - exact) < 1e-9 * (a.norm() * b.norm()).item()
+    ones = torch.full((2**25 + 1,), 1.0)  # a sum in float32 alone would stop at 2^24
+    assert trpo_lm.dot(ones, ones) == 2**25 + 1
+
+
+def test_one_iteration_of_conjugate_gradient_by_hand():
+    """x = a g with a = g'g / g'(F + d I)g, and d = c g'Fg / g'g."""
+    fisher, g = torch.diag(torch.tensor([1.0, 2.0, 5.0])).double(), torch.tensor([1.0, 2.0, 2.0]).double()
+    x, damping, residual, iterations = trpo_lm.conjugate_gradient(lambda v: fisher @ v, g, 1, 0.1, 0.0)
+    assert iterations == 1 and damping == pytest.approx(0.1 * 29 / 9)  # g'Fg = 1 + 8 + 20
+    length = 9 / (29 + 0.1 * 29)
+    torch.testing.assert_close(x, length * g)
+    left = g - length * (fisher @ g + damping * g)
+    assert residual == pytest.approx((left.norm() / g.norm()).item())
