@@ -414,7 +414,7 @@ def test_products_have_other_rows_in_each_iteration_and_each_row_once(tmp_path, 
 def test_inner_products_of_long_vectors_are_right():
     a, b = torch.randn(2, 3_000_001, generator=torch.Generator().manual_seed(0))
     exact = (a.double() @ b.double()).item()
-    assert abs(trpo_lm.dot(a, b) - exact) < 1e-9 * (a.norm() * b.norm()).item()
+    assert abs(trpo_lm.dot(a, b) - exact) < 1e-8 * (a.norm() * b.norm()).item()
     ones = torch.full((2**25 + 1,), 1.0)  # a sum in float32 alone would stop at 2^24
     assert trpo_lm.dot(ones, ones) == 2**25 + 1
 
