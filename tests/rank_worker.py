@@ -13,18 +13,17 @@ import torch
 from conftest import recorded_gradients, run_main
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
+ONE = ["--num-minibatches", 1]
 RUNS = {
     "reinforce_lm": [],
     # The first update ends early by the KL of all ranks, 0.0332; by its own, 0.0322, the first of two would go on.
-    "ppo_lm": ["--num-minibatches", 1, "--update-epochs", 3, "--target-kl", 0.0327],
-    "trpo_lm": ["--num-minibatches", 1, "--fvp-fraction", 1],
-    "ppo_lm kl_penalty": ["--num-minibatches", 1, "--surrogate", "kl_penalty", "--micro-batch-size", 5],
-    "ppo_lm bootstrap": ["--num-minibatches", 1, "--truncation", "bootstrap", "--update-epochs", 1],
-    "reinforce_lm lora": ["--lora-rank", 2],
-    "trpo_lm lora": ["--lora-rank", 2, "--num-minibatches", 1, "--fvp-fraction", 1],
-    "trpo_lm half": ["--num-minibatches", 1, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
+    "ppo_lm": [*ONE, "--update-epochs", 3, "--target-kl", 0.0327],
+    "trpo_lm": [*ONE, "--fvp-fraction", 1],
+    "ppo_lm penalty": [*ONE, "--surrogate", "kl_penalty", "--truncation", "bootstrap", "--micro-batch-size", 5],
+    "trpo_lm lora": [*ONE, "--lora-rank", 2, "--fvp-fraction", 1],
+    "trpo_lm half": [*ONE, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
 } | {
-    f"reinforce_lm {kind}": ["--baseline", kind, "--normalize-advantages"] for kind in ("none", "mean", "ema", "greedy")
+    f"reinforce_lm {name}": ["--baseline", name, "--normalize-advantages"] for name in ("none", "mean", "ema", "greedy")
 }
 
 sample, load_policy = common.rollout, common.load_policy
