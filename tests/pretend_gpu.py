@@ -144,8 +144,9 @@ def without_device(function):
     """A function that makes its tensor on the CPU and puts it onto the device without a copy that a graph would see."""
 
     def make(*args, device=None, **settings):
-        tensor = function(*args, **settings)
-        return PretendTensor(tensor) if device and torch.device(device).type == NAME else tensor
+        on_it = device is not None and torch.device(device).type == NAME
+        tensor = function(*args, device=None if on_it else device, **settings)
+        return PretendTensor(tensor) if on_it else tensor
 
     return make
 
@@ -166,6 +167,8 @@ def run_on_it(name, flags):
     autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     common = load("common")
     script = load(name)
+    with torch.device("meta"):  # torch lists its constructors here, once: without it, three of them would be missing,
+        torch.empty(0)  # and a loaded checkpoint would keep rotary frequencies that were never written
     for function in ("tensor", "arange", "randn"):
         setattr(torch, function, without_device(getattr(torch, function)))
     generator = torch.Generator
