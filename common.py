@@ -308,7 +308,7 @@ def sum_and_clip_gradients(network, max_grad_norm):
 
     Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged.
     """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = list(trained_parameters(network).values())
     for parameter in trained:
         if parameter.grad is None:  # an expert that no token of this rank was routed to
             parameter.grad = torch.zeros_like(parameter)
@@ -454,6 +454,11 @@ def adapted_layers(network):
     return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
 
 
+def trained_parameters(network):
+    """{name: parameter}, with adapters those alone."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
 def copy_network(network):
     """A copy that shares the frozen parameters, by deepcopy's memo: with adapters the base, else none."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
@@ -508,7 +513,8 @@ def bfloat16_copy(model):
 def copy_weights(source, target):
     """Copy the parameters of one model into another of the same shape, in place, rounding to the target's precision."""
     for new, old in zip(source.parameters(), target.parameters()):
-        old.copy_(new)
+        if new is not old:  # a base that both share
+            old.copy_(new)
 
 
 def save_model(model, tokenizer, folder):
@@ -1035,13 +1041,13 @@ class RewardModel:
     def __call__(self, prompts, responses, **columns):
         """Texts -> (B,) float32 scores."""
         template, is_text = self.tokenizer.apply_chat_template, isinstance(prompts[0], str)
-        scores = []
-        for start in range(0, len(responses), self.batch_size):
-            pairs = list(zip(prompts, responses))[start : start + self.batch_size]
+        pairs, scores = list(zip(prompts, responses)), []
+        for start in range(0, len(pairs), self.batch_size):
+            batch = pairs[start : start + self.batch_size]
             if is_text:
-                texts = [prompt + response for prompt, response in pairs]
+                texts = [prompt + response for prompt, response in batch]
             else:
-                chats = [[*prompt, {"role": "assistant", "content": response}] for prompt, response in pairs]
+                chats = [[*prompt, {"role": "assistant", "content": response}] for prompt, response in batch]
                 texts = [template(chat, tokenize=False) for chat in chats]
             settings = dict(truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
             settings |= dict(add_special_tokens=is_text)  # a chat template has written them already

@@ -274,19 +274,14 @@ def dot(a, b):
     return torch.stack(pieces).double().sum().item()
 
 
-def trained_parameters(policy):
-    """{name: parameter}, with adapters those alone."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-
-
 def flatten(policy):
     """The trained parameters as one (D,) vector, copied."""
-    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(policy).values()])
+    return torch.cat([parameter.detach().flatten() for parameter in common.trained_parameters(policy).values()])
 
 
 def unflatten(vector, policy):
     """A (D,) vector as a dictionary from parameter names to views of it, in the parameters' shapes."""
-    parameters = trained_parameters(policy)
+    parameters = common.trained_parameters(policy)
     pieces = vector.split([parameter.numel() for parameter in parameters.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
@@ -301,7 +296,7 @@ def set_parameters(policy, vector):
 def add_gradient(vector, outputs, output_gradients, policy):
     """Add to a (D,) vector, in place, the gradient of `outputs` with respect to the parameters."""
     parts = torch.autograd.grad(
-        outputs, list(trained_parameters(policy).values()), output_gradients, materialize_grads=True
+        outputs, list(common.trained_parameters(policy).values()), output_gradients, materialize_grads=True
     )
     for total, part in zip(unflatten(vector, policy).values(), parts):
         total += part
@@ -344,7 +339,7 @@ def jacobian_vector_product(policy, vector, inputs, args):
     """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (b, r, V), (b, r, V)."""
     forward_ad, tangents = torch.autograd.forward_ad, unflatten(vector, policy)
     with forward_ad.dual_level(), torch.no_grad(), plain_attention(), common.blame("--model: no forward mode"):
-        parameters = trained_parameters(policy)
+        parameters = common.trained_parameters(policy)
         duals = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in parameters.items()}
         return forward_ad.unpack_dual(logits_with(policy, duals, inputs, args))
 

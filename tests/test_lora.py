@@ -122,7 +122,7 @@ def test_fisher_products_are_those_of_the_dense_matrix_in_the_space_of_the_adapt
     args = trpo_lm.Args(dtype="float32", response_length=4, samples_per_prompt=4, micro_batch_size=5)
     sequences, mask = make_batch(*ROWS["shuffled"])
     batch = sequences, mask, mask[:, -4:]
-    parameters = {name: p.detach() for name, p in trpo_lm.trained_parameters(model).items()}
+    parameters = {name: p.detach() for name, p in common.trained_parameters(model).items()}
     assert all("lora" in name for name in parameters)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
 
@@ -151,7 +151,7 @@ def test_prompts_are_shared_with_adapters_too(kind, monkeypatch):
         monkeypatch.setattr(common, "share_prompts", inputs)
         logprobs, _ = common.policy_logprobs(model, sequences, mask, args)
         logprobs.where(mask[:, -4:], 0.0).sum().backward()
-        found.append([p.grad.clone() for p in trpo_lm.trained_parameters(model).values()])
+        found.append([p.grad.clone() for p in common.trained_parameters(model).values()])
         model.zero_grad()
     for shared, plain in zip(*found, strict=True):
         assert (shared - plain).norm() <= 1e-4 * plain.norm() + 1e-6
