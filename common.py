@@ -1,7 +1,7 @@
 """Tokenization, prompts, rollout, scoring and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
 Functions do not write to the tensors they are given, but for those whose names say so (`copy_weights`, `add_sums`,
-`sum_and_clip_gradients`, `add_adapters`). `args` are the flags of a script.
+`clip_gradients`, `add_adapters`, `restore_state`). `args` are the flags of a script.
 Shapes: N prompts, B responses of a batch on this rank, b of a micro-batch, P prompt length, R response length, p and r
 those of a micro-batch after `trim`, V vocabulary.
 
@@ -43,7 +43,7 @@ import time
 import traceback
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
@@ -56,7 +56,10 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -212,8 +215,10 @@ def check_flags(args, script, world_size, checkpoint):
     minibatches = getattr(args, "num_minibatches", 1)
     require(minibatches <= per_rank, "--num-minibatches", f"at most the {per_rank} responses of a rank", minibatches)
     if checkpoint:
-        for name, value in [("script", script), ("world_size", world_size)]:
-            require(value == checkpoint[name], "--resume", f"{name} {checkpoint[name]!r}, as in {args.resume}", value)
+        saved = checkpoint["script"]
+        require(script == saved, "--resume", f"script {saved!r}, as in {args.resume}", script)
+        if world_size != checkpoint["world_size"] and not (dist.is_initialized() and dist.get_rank()):
+            show(f"--resume: {checkpoint['world_size']} ranks before, {world_size} now: other samples", sys.stderr)
         for name, value in asdict(args).items():
             saved = checkpoint["args"].get(name)
             require(name in CHANGEABLE or value == saved, flag(name), f"{saved!r} as in {args.resume}", value)
@@ -303,25 +308,15 @@ def means_over_ranks(sums, count):
     return dict(zip(sums, (all_reduce(torch.stack(list(sums.values()))) / count).tolist()))
 
 
-def sum_and_clip_gradients(network, max_grad_norm):
-    """Sum the gradients of all ranks in place, clip their norm to `max_grad_norm`, and return the norm before clipping.
-
-    Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged.
-    """
+def clip_gradients(network, max_grad_norm):
+    """Clip the norm of the gradients in place to `max_grad_norm`, and return the norm before clipping."""
     trained = list(trained_parameters(network).values())
     for parameter in trained:
-        if parameter.grad is None:  # an expert that no token of this rank was routed to
+        if parameter.grad is None:  # an expert that no token was routed to
             parameter.grad = torch.zeros_like(parameter)
-    if dist.is_initialized():
-        gradients = [parameter.grad for parameter in trained]
-        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-    require(
-        math.isfinite(norm),
-        f"gradient of the {type(network).__name__}",
-        "finite; try a lower learning rate, or --reward-clip",
-        norm,
-    )
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)).item()
+    name, expected = f"gradient of the {type(network).__name__}", "finite; try a lower learning rate, or --reward-clip"
+    require(math.isfinite(norm), name, expected, norm)
     return norm
 
 
@@ -459,29 +454,61 @@ def trained_parameters(network):
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def copy_network(network):
-    """A copy that shares the frozen parameters, by deepcopy's memo: with adapters the base, else none."""
-    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+def copy_network(network, dtype=None):
+    """A copy that shares the frozen parameters, by deepcopy's memo: with adapters the base, else none.
 
-
-def trained_state(part):
-    """What a checkpoint holds of a network, which is all but its frozen parameters, or of an optimizer."""
-    named = part.named_parameters(remove_duplicate=False) if isinstance(part, torch.nn.Module) else []
-    frozen = {name for name, parameter in named if not parameter.requires_grad}
-    return {name: value for name, value in part.state_dict().items() if name not in frozen}
+    dtype: of the copy's parameters, if not that of the network's; buffers (rotary frequencies) keep their precision.
+    """
+    shared = {id(p): p for p in network.parameters() if not p.requires_grad and dtype in (None, p.dtype)}
+    network = copy.deepcopy(network, shared)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return network
 
 
 def prepare(network, device, args):
-    """Move a network to the device and switch on --activation-checkpointing and --compile; returns the network.
+    """Move a network to the device, or spread it over ranks, with --activation-checkpointing and --compile; returns it.
 
     Copies have to be made before: the layers of a copy would call those of the original.
     """
-    network.to(device)
     if args.activation_checkpointing:
         checkpoint_activations(network)
     if args.compile:  # of a critic, the layers
         next(module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)).compile()
+    # A frozen base of adapters is whole on each rank.
+    base = {p for p in network.parameters() if not p.requires_grad} if args.lora_rank else set()
+    if not dist.is_initialized() or len(base) == len(list(network.parameters())):
+        return network.to(device)
+    for parameter in base:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in [*layers, network]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=base)
+        # Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_reduce_scatter_unused_params(True)  # an expert that no token of this rank was routed to
     return network
+
+
+def whole(tensor):
+    """A tensor that is spread over ranks, gathered; all ranks have to call this. Other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """This rank's part of a tensor that is spread over ranks, a view. Other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards(network):
+    """The modules whose parameters FSDP2 gathers at once, the outermost first; without ranks the network alone."""
+    return [module for module in network.modules() if isinstance(module, FSDPModule)] or [network]
+
+
+# A checkpoint holds whole tensors of all that is trained, whatever the number of ranks.
+STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 def checkpoint_activations(network):
@@ -498,40 +525,95 @@ def checkpoint_activations(network):
         layer.forward = functools.partial(run, layer.forward)
 
 
-def bfloat16_copy(model):
-    """A copy of `model` with bfloat16 parameters, for sampling; buffers (rotary frequencies) keep their precision.
-
-    Parameters that are in bfloat16 already, as a base with adapters, are shared.
-    """
-    model = copy.deepcopy(model, {id(p): p for p in model.parameters() if p.dtype == torch.bfloat16})
-    for parameter in model.requires_grad_(False).parameters():
-        parameter.data = parameter.data.bfloat16()
-    return model
-
-
 @torch.no_grad()
 def copy_weights(source, target):
-    """Copy the parameters of one model into another of the same shape, in place, rounding to the target's precision."""
-    for new, old in zip(source.parameters(), target.parameters()):
-        if new is not old:  # a base that both share
-            old.copy_(new)
+    """Copy the parameters of a network into a whole copy of it, in place, rounding to its precision.
+
+    All ranks have to call this.
+    """
+    copies = dict(zip(source.modules(), target.modules()))
+    for module in shards(source):
+        is_shard = isinstance(module, FSDPModule)
+        if is_shard:
+            module.unshard()
+        for new, old in zip(module.parameters(), copies[module].parameters()):
+            if new is not old and not isinstance(new, DTensor):  # a base that both share; another module's to gather
+                old.copy_(new)
+        if is_shard:
+            module.reshard()
 
 
-def save_model(model, tokenizer, folder):
+@contextlib.contextmanager
+def replaced_parameters(network, tensors, replace):
+    """Inside, the network runs with other parameters, replace(parameter, tensor) for each of `tensors`; never compiled.
+
+    tensors: {name: tensor in the shape of this rank's part of the parameter}. They are gathered when a layer runs.
+    """
+    shard_of = {module: shard for shard in shards(network) for module in shard.modules()}  # the innermost
+    replacements = {network.get_parameter(name): tensor for name, tensor in tensors.items()}
+    places = [
+        (module, name, parameter, replacements[parameter])
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter in replacements
+    ]
+
+    def enter(shard, inputs):
+        for module, name, parameter, tensor in places:
+            if shard_of[module] is shard:
+                if isinstance(parameter, DTensor):
+                    layout = dict(shape=parameter.shape, stride=parameter.stride(), run_check=False)
+                    tensor = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, **layout)
+                module._parameters[name] = replace(module._parameters[name].detach(), whole(tensor))
+
+    def leave(shard, inputs, output):
+        for module, name, parameter, _ in places:
+            if shard_of[module] is shard:
+                module._parameters[name] = parameter
+
+    handles = [shard.register_forward_pre_hook(enter) for shard in shards(network)]
+    handles += [shard.register_forward_hook(leave) for shard in shards(network)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gather_state(network, *optimizers):
+    """What a checkpoint holds of a network and its optimizers: whole tensors of all that is trained, on rank 0's CPU.
+
+    All ranks have to call this. Any number of ranks can load the result.
+    """
+    weights, moments = get_state_dict(network, optimizers, options=STATE)
+    return {"weights": weights, "optimizer": moments}
+
+
+def restore_state(state, network, *optimizers):
+    """Load what `gather_state` returned, tensor by tensor."""
+    states = dict(model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
+    set_state_dict(network, optimizers, **states, options=STATE)
+
+
+def save_model(args, tokenizer, ids, weights, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails.
 
     It is written under another name and renamed: a folder is whole or not there. Adapters are saved beside it, in
-    `adapter`, and then merged into the model in place. Do not use the model, or copies that share its base, afterward.
+    `adapter`, and then merged.
+
+    Args:
+        args, tokenizer, ids: of `load_policy`, for --model is loaded anew. weights: those of the policy to replace.
     """
     transformers.utils.logging.disable_progress_bar()
+    model = load_policy(replace(args, dtype="float32"), tokenizer, ids)
+    model.load_state_dict(weights, strict=False)
     with blame(f"writing {folder}"):
         adapted = adapted_layers(model)
         if adapted:
             model.save_pretrained(Path(folder).parent / "adapter")
             model._hf_peft_config_loaded = False  # or only adapters would be saved
-            model.cpu()  # where there is room for a base in float32
         for name, layer in adapted.items():
-            layer.base_layer.weight.data = layer.base_layer.weight.data.float()
             layer.merge()
             model.set_submodule(name, layer.base_layer)
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
@@ -625,11 +707,14 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     length = sequences.shape[1] - num_outputs  # of what may be shared
     prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, L - num_outputs)
     distinct, rows = prompts.unique(dim=0, return_inverse=True) if length else (prompts, None)
-    if (len(prompts) - len(distinct)) * length < max(MIN_SAVED_TOKENS, sequences.numel() / 4):
+    saves = (len(prompts) - len(distinct)) * length >= max(MIN_SAVED_TOKENS, sequences.numel() / 4)
+    if all_reduce(torch.tensor(int(not saves), device=sequences.device)):  # all ranks make the same number of passes
         return inputs | dict(use_cache=False)
     mask, cache = distinct >= 0, Cache(layer_class_to_replicate=PromptLayer)
     settings = dict(attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache, use_cache=True)
-    network(input_ids=distinct.clamp(min=0), **settings)
+    output = network(input_ids=distinct.clamp(min=0), **settings)[0]  # (n, 1, V) or (n, L - num_outputs, hidden size)
+    if dist.is_initialized():  # FSDP2 gathers a layer again when its output gets a gradient; the last one's would not
+        cache.layers[-1].keys = cache.layers[-1].keys + 0.0 * output[0, -1, 0]
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
     return inputs | dict(past_key_values=Cache([ResponseLayer(layer, rows) for layer in cache.layers]), use_cache=True)
 

@@ -282,9 +282,11 @@ def main(args, checkpoint=None):
     common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
     end_ids = common.end_token_ids(tokenizer, policy)
-    # Sampling in bfloat16 reads half the memory; the policy's own weights stay in float32.
-    sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
-    reference = None
+    # Sampling in bfloat16 reads half the memory, and with several ranks, over which the policy is spread, each samples
+    # with a whole copy.
+    sampler, reference = policy, None
+    if args.dtype == "bfloat16" or world_size > 1:
+        sampler = common.copy_network(policy, getattr(torch, args.dtype)).requires_grad_(False).to(device)
     if args.kl_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -296,14 +298,14 @@ def main(args, checkpoint=None):
         critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=True
     )
     # What a checkpoint holds, and what goes from one iteration to the next.
-    trained = {"policy": policy, "optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
     carried = {"kl_coef": args.kl_coef, "penalty_coef": args.penalty_coef}
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
     first_iteration = 1
     if checkpoint:
-        for name, part in trained.items():
-            part.load_state_dict(part.state_dict() | checkpoint[name])
+        for name, parts in trained.items():
+            common.restore_state(checkpoint[name], *parts)
         first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
     if rank == 0:
         run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
@@ -432,8 +434,8 @@ def main(args, checkpoint=None):
                 optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 break
-            step["policy/grad_norm"] = common.sum_and_clip_gradients(policy, args.max_grad_norm)
-            common.sum_and_clip_gradients(critic, args.max_grad_norm)
+            step["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)
+            common.clip_gradients(critic, args.max_grad_norm)
             critic_optimizer.step()
             critic_optimizer.zero_grad()
             optimizer.step()
@@ -471,16 +473,20 @@ def main(args, checkpoint=None):
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             carried["after"] = evaluate(episode)
-        if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: common.trained_state(part) for name, part in trained.items()}
+        if args.save_every and (is_last or iteration % args.save_every == 0):
+            state = {name: common.gather_state(*parts) for name, parts in trained.items()}
             state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
-            common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+            if rank == 0:
+                common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+            del state  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
+    weights = common.gather_state(policy)["weights"]
     if rank == 0:
         writer.close()
         if num_iterations:
-            common.save_model(policy, tokenizer, f"{run_dir}/model")
+            ids = train_prompts.ids + eval_prompts.ids
+            common.save_model(args, tokenizer, ids, weights, f"{run_dir}/model")
         summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
         summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
         summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}

@@ -219,9 +219,11 @@ def main(args, checkpoint=None):
     common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
     end_ids = common.end_token_ids(tokenizer, policy)
-    # Sampling in bfloat16 reads half the memory; the policy's own weights stay in float32.
-    sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
-    reference = None
+    # Sampling in bfloat16 reads half the memory, and with several ranks, over which the policy is spread, each samples
+    # with a whole copy.
+    sampler, reference = policy, None
+    if args.dtype == "bfloat16" or world_size > 1:
+        sampler = common.copy_network(policy, getattr(torch, args.dtype)).requires_grad_(False).to(device)
     if args.kl_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -230,14 +232,14 @@ def main(args, checkpoint=None):
     common.require(not is_single_sample, "--samples-per-prompt", "at least 2 for --baseline leave_one_out", 1)
     policy = common.prepare(policy, device, args)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    trained = {"policy": policy, "optimizer": optimizer}  # what a checkpoint holds
+    trained = {"policy": (policy, optimizer)}  # what a checkpoint holds
     carried = {"kl_coef": args.kl_coef, "ema_baseline": None}  # and what goes from one iteration to the next
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
     first_iteration = 1
     if checkpoint:
-        for name, part in trained.items():
-            part.load_state_dict(part.state_dict() | checkpoint[name])
+        for name, parts in trained.items():
+            common.restore_state(checkpoint[name], *parts)
         first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
     if rank == 0:
         run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
@@ -297,7 +299,7 @@ def main(args, checkpoint=None):
         micro_batches = common.micro_batches_of(torch.arange(local_batch_size, device=device), response_mask, args)
         # One step per batch needs no ratio. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
-        if sampler is not policy and reference is not None:
+        if args.dtype == "bfloat16" and reference is not None:
             logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
@@ -351,7 +353,7 @@ def main(args, checkpoint=None):
             common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
         metrics |= common.means_over_ranks(sums, num_tokens)
         metrics["loss/policy"] = all_reduce(sum(losses)).item()
-        metrics["policy/grad_norm"] = common.sum_and_clip_gradients(policy, args.max_grad_norm)
+        metrics["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)
         metrics["policy/learning_rate"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
@@ -368,16 +370,20 @@ def main(args, checkpoint=None):
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             carried["after"] = evaluate(episode)
-        if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: common.trained_state(part) for name, part in trained.items()}
+        if args.save_every and (is_last or iteration % args.save_every == 0):
+            state = {name: common.gather_state(*parts) for name, parts in trained.items()}
             state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
-            common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+            if rank == 0:
+                common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+            del state  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
+    weights = common.gather_state(policy)["weights"]
     if rank == 0:
         writer.close()
         if num_iterations:
-            common.save_model(policy, tokenizer, f"{run_dir}/model")
+            ids = train_prompts.ids + eval_prompts.ids
+            common.save_model(args, tokenizer, ids, weights, f"{run_dir}/model")
         summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
         summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
         summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}

@@ -269,19 +269,20 @@ def value_loss(new_values, values, returns, value_clip):
 
 
 def dot(a, b):
-    """Inner product of two (D,) vectors: short pieces in their own precision, added up in float64."""
+    """Inner product of two (D,) vectors: short pieces in their own precision, added up in float64 over all ranks."""
     pieces = [torch.dot(x, y) for x, y in zip(a.split(2**16), b.split(2**16))]
-    return torch.stack(pieces).double().sum().item()
+    return all_reduce(torch.stack(pieces).double().sum()).item()
 
 
 def flatten(policy):
     """The trained parameters as one (D,) vector, copied."""
-    return torch.cat([parameter.detach().flatten() for parameter in common.trained_parameters(policy).values()])
+    parameters = common.trained_parameters(policy).values()
+    return torch.cat([common.local(parameter.detach()).flatten() for parameter in parameters])
 
 
 def unflatten(vector, policy):
     """A (D,) vector as a dictionary from parameter names to views of it, in the parameters' shapes."""
-    parameters = common.trained_parameters(policy)
+    parameters = {name: common.local(parameter) for name, parameter in common.trained_parameters(policy).items()}
     pieces = vector.split([parameter.numel() for parameter in parameters.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
@@ -290,26 +291,17 @@ def unflatten(vector, policy):
 def set_parameters(policy, vector):
     """Copy a (D,) vector into the parameters."""
     for name, value in unflatten(vector, policy).items():
-        policy.get_parameter(name).copy_(value)
+        common.local(policy.get_parameter(name)).copy_(value)
 
 
-def add_gradient(vector, outputs, output_gradients, policy):
-    """Add to a (D,) vector, in place, the gradient of `outputs` with respect to the parameters."""
-    parts = torch.autograd.grad(
-        outputs, list(common.trained_parameters(policy).values()), output_gradients, materialize_grads=True
-    )
-    for total, part in zip(unflatten(vector, policy).values(), parts):
-        total += part
-
-
-def logits_with(policy, parameters, inputs, args):
-    """`response_logits` of the policy with other parameters, given as a dictionary. Never compiled."""
-
-    def model(**settings):
-        with torch.compiler.set_stance("force_eager"):
-            return torch.func.functional_call(policy, parameters, (), settings)
-
-    return common.response_logits(model, *inputs, args)
+def take_gradient(policy):
+    """The gradient that the backward passes added up, of all ranks, as one (D,) vector; it is reset."""
+    parameters = list(common.trained_parameters(policy).values())
+    gradients = [
+        torch.zeros_like(p) if p.grad is None else p.grad for p in parameters
+    ]  # None: an expert without tokens
+    policy.zero_grad()
+    return torch.cat([common.local(gradient).flatten() for gradient in gradients])
 
 
 def plain_attention():
@@ -323,32 +315,29 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
     batch: sequences (B, P+R), attention mask (B, P+R) and response mask (B, R). advantages, sampler_logprobs: (B, R).
     micro_batches: tensors of row indices. num_tokens: response tokens on all ranks.
     """
-    g, sums = flatten(policy).zero_(), {}
+    sums = {}
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
         new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
         ratio = (new_logprobs - new_logprobs.detach()).exp()  # (b, R), all 1
-        surrogate = (ratio * advantages[inds]).where(mask, 0.0).sum() / num_tokens
-        add_gradient(g, surrogate, None, policy)  # (7)
+        ((ratio * advantages[inds]).where(mask, 0.0).sum() / num_tokens).backward()
         gap = (new_logprobs - sampler_logprobs[inds]).abs()  # (b, R)
         common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
-    return all_reduce(g), common.means_over_ranks(sums, num_tokens)
+    return take_gradient(policy), common.means_over_ranks(sums, num_tokens)  # (7)
 
 
 def jacobian_vector_product(policy, vector, inputs, args):
     """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (b, r, V), (b, r, V)."""
     forward_ad, tangents = torch.autograd.forward_ad, unflatten(vector, policy)
     with forward_ad.dual_level(), torch.no_grad(), plain_attention(), common.blame("--model: no forward mode"):
-        parameters = common.trained_parameters(policy)
-        duals = {name: forward_ad.make_dual(p.detach(), tangents[name]) for name, p in parameters.items()}
-        return forward_ad.unpack_dual(logits_with(policy, duals, inputs, args))
+        with common.replaced_parameters(policy, tangents, forward_ad.make_dual):
+            return forward_ad.unpack_dual(common.response_logits(policy, *inputs, args))
 
 
 @torch.compiler.set_stance("force_eager")
 def fisher_vector_product(vector, policy, batch, micro_batches, args):
     """F v over the response tokens of the micro-batches on all ranks, in Gauss-Newton form: (D,) -> (D,)."""
     num_tokens = all_reduce(sum(batch[2][inds].sum() for inds in micro_batches))
-    product = torch.zeros_like(vector)
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
         logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, r, V), J v
@@ -356,8 +345,8 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args):
         change = p * (change - (p * change).sum(-1, keepdim=True))  # (b, r, V), (diag p - p p') J v
         change = change.where(mask[:, : p.shape[1], None], 0.0) / num_tokens
         with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
-            add_gradient(product, common.response_logits(policy, *inputs, args), change, policy)  # (8)
-    return all_reduce(product)
+            common.response_logits(policy, *inputs, args).backward(change)
+    return take_gradient(policy)  # (8)
 
 
 def fisher_quadratic_form(vector, policy, batch, micro_batches, num_tokens, args):
@@ -417,7 +406,8 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
         tokens = inputs[0][:, -args.response_length :]  # (b, R)
-        old_logits = logits_with(policy, old_parameters, inputs, args)  # (b, r, V)
+        with common.replaced_parameters(policy, old_parameters, lambda new, old: old):
+            old_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
         new_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
         new_logprobs, old_logprobs = [common.token_statistics(z, tokens)[0] for z in (new_logits, old_logits)]  # (b, R)
         gain = ((new_logprobs - old_logprobs).exp() - 1) * advantages[inds]  # (b, R)
@@ -455,9 +445,11 @@ def main(args, checkpoint=None):
     common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
     policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
     end_ids = common.end_token_ids(tokenizer, policy)
-    # Sampling in bfloat16 reads half the memory; the policy's own weights stay in float32.
-    sampler = common.bfloat16_copy(policy).to(device) if args.dtype == "bfloat16" else policy
-    reference = None
+    # Sampling in bfloat16 reads half the memory, and with several ranks, over which the policy is spread, each samples
+    # with a whole copy.
+    sampler, reference = policy, None
+    if args.dtype == "bfloat16" or world_size > 1:
+        sampler = common.copy_network(policy, getattr(torch, args.dtype)).requires_grad_(False).to(device)
     if args.kl_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -467,15 +459,15 @@ def main(args, checkpoint=None):
     critic_optimizer = torch.optim.AdamW(
         critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=True
     )
-    trained = {"policy": policy, "critic": critic, "critic_optimizer": critic_optimizer}  # what a checkpoint holds
+    trained = {"policy": (policy,), "critic": (critic, critic_optimizer)}  # what a checkpoint holds
     carried = {"kl_coef": args.kl_coef}  # and what goes from one iteration to the next
     float32_args = Args(**asdict(args) | {"dtype": "float32"})  # for the policy's update
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
     first_iteration = 1
     if checkpoint:
-        for name, part in trained.items():
-            part.load_state_dict(part.state_dict() | checkpoint[name])
+        for name, parts in trained.items():
+            common.restore_state(checkpoint[name], *parts)
         first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
     if rank == 0:
         run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
@@ -535,7 +527,7 @@ def main(args, checkpoint=None):
         micro_batches = common.micro_batches_of(torch.arange(local_batch_size, device=device), response_mask, args)
         # The update computes its own in float32. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
-        if sampler is not policy and reference is not None:
+        if args.dtype == "bfloat16" and reference is not None:
             logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
@@ -621,7 +613,7 @@ def main(args, checkpoint=None):
                     v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)
                     (v_loss.where(response_mask[inds], 0.0).sum() / num_tokens).backward()
                     common.add_sums(sums, response_mask[inds], {"loss/value": v_loss})
-                common.sum_and_clip_gradients(critic, args.max_grad_norm)
+                common.clip_gradients(critic, args.max_grad_norm)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
                 losses.append(common.means_over_ranks(sums, num_tokens)["loss/value"])
@@ -639,16 +631,20 @@ def main(args, checkpoint=None):
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             carried["after"] = evaluate(episode)
-        if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: common.trained_state(part) for name, part in trained.items()}
+        if args.save_every and (is_last or iteration % args.save_every == 0):
+            state = {name: common.gather_state(*parts) for name, parts in trained.items()}
             state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
-            common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+            if rank == 0:
+                common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+            del state  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
+    weights = common.gather_state(policy)["weights"]
     if rank == 0:
         writer.close()
         if num_iterations:
-            common.save_model(policy, tokenizer, f"{run_dir}/model")
+            ids = train_prompts.ids + eval_prompts.ids
+            common.save_model(args, tokenizer, ids, weights, f"{run_dir}/model")
         summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
         summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
         summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}

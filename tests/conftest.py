@@ -152,9 +152,9 @@ def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_p
 
 
 def flat_gradient(optimizer):
-    """The gradient that `optimizer` is about to step with, as one vector in float64."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+    """The gradient that `optimizer` is about to step with, of all ranks, as one vector in float64."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.cat([common.whole(gradient).flatten().double() for gradient in gradients])
 
 
 @contextlib.contextmanager

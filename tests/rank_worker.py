@@ -8,9 +8,11 @@ import importlib
 import os
 
 import common
+import trpo_lm
 
 import torch
 from conftest import recorded_gradients, run_main
+from torch.distributed.tensor import DTensor
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
 ONE = ["--num-minibatches", 1]
@@ -46,11 +48,19 @@ def statistics():
     mask = torch.tensor([[True, True, False], [True, False, True], [False] * 3, [False] * 3])
     mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
     mean, white = common.mean(values[mine], mask[mine]), common.whiten(values[mine], mask[mine])
-    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
-    for parameter in layers[0].parameters():  # the second is an expert that no token was routed to
-        parameter.grad = torch.full_like(parameter, rank + 1.0)
-    common.sum_and_clip_gradients(layers, 1e9)
-    return {"mean": mean, "white": white, "sums": [parameter.grad.clone() for parameter in layers.parameters()]}
+    return {"mean": mean, "white": white}
+
+
+def gathered(vector, policy):
+    """The (D,) vector of which TRPO holds a part on each rank."""
+    pieces = []
+    for name, piece in trpo_lm.unflatten(vector, policy).items():
+        parameter = policy.get_parameter(name)
+        if isinstance(parameter, DTensor):
+            layout = dict(shape=parameter.shape, stride=parameter.stride())
+            piece = DTensor.from_local(piece, parameter.device_mesh, parameter.placements, **layout).full_tensor()
+        pieces.append(piece.flatten())
+    return torch.cat(pieces)
 
 
 def train(run, runs_dir):
@@ -71,7 +81,7 @@ def train(run, runs_dir):
         def recording_search(policy, theta, step, predicted_gain, *rest):
             result = search(policy, theta, step, predicted_gain, *rest)
             searches.append([predicted_gain, *result])
-            natural_steps.append(step.clone())
+            natural_steps.append(gathered(step, policy))
             return result
 
         script.line_search = recording_search
@@ -96,12 +106,12 @@ def train(run, runs_dir):
     if name == "trpo_lm":
         script.line_search = search
     seen = {"gradients": steps, "searches": searches, "natural steps": natural_steps, "divergences": divergences}
-    return seen | {"weights": models[0].state_dict()}
+    return seen | {"weights": {name: common.whole(weight).clone() for name, weight in models[0].state_dict().items()}}
 
 
 def work(out, runs_dir):
     common.rollout = rollout_by_prompt
-    common.save_model = lambda *args: None  # the merge of adapters would change what is compared
+    common.save_model = lambda *args: None
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
     result = {"statistics": statistics()} | {run: train(run, runs_dir) for run in RUNS}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

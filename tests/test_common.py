@@ -380,10 +380,8 @@ def test_log_probabilities_of_bfloat16_logits_are_computed_in_float32():
 
 def test_the_sampling_copy_rounds_parameters_and_nothing_else():
     model = tiny_model("llama")
-    copied = common.bfloat16_copy(model)
-    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16} and not any(
-        p.requires_grad for p in copied.parameters()
-    )
+    copied = common.copy_network(model, torch.bfloat16)
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
     for (name, buffer), original in zip(copied.named_buffers(), model.buffers(), strict=True):
         assert buffer.dtype == original.dtype == torch.float32 and torch.equal(buffer, original), name
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())

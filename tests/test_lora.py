@@ -36,11 +36,16 @@ def with_adapters(kind, rank=2, dtype="float32", **settings):
 def test_the_base_is_shared_and_stays_what_it_was(script, dtype, tmp_path, model_folder, monkeypatch):
     """Policy, reference, critic and, in bfloat16, the sampler; only adapters have gradients and optimizer states."""
     networks, optimizers, samplers = [], [], []
-    prepare, copied, init = common.prepare, common.bfloat16_copy, torch.optim.AdamW.__init__
+    prepare, copied, init = common.prepare, common.copy_network, torch.optim.AdamW.__init__
+
+    def recording_copy(network, dtype=None):
+        copy = copied(network, dtype)
+        samplers.extend([copy] if dtype else [])
+        return copy
+
     monkeypatch.setattr(common, "prepare", lambda *args: networks.append(prepare(*args)) or networks[-1])
-    monkeypatch.setattr(common, "bfloat16_copy", lambda model: samplers.append(copied(model)) or samplers[-1])
+    monkeypatch.setattr(common, "copy_network", recording_copy)
     monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda s, *a, **k: optimizers.append(s) or init(s, *a, **k))
-    monkeypatch.setattr(common, "save_model", lambda *args: None)  # the merge changes the base
     folder = model_folder("llama")
     run_main(
         importlib.import_module(script), *SHORT, "--model", folder, "--dtype", dtype, "--output-dir", tmp_path / "runs"
@@ -62,12 +67,13 @@ def test_the_base_is_shared_and_stays_what_it_was(script, dtype, tmp_path, model
         assert all(shared[name] is p for name, p in frozen.items() if name in shared)
         assert not any(shared[name] is p for name, p in policy.named_parameters() if p.requires_grad and name in shared)
         assert sum(p.requires_grad for p in critic.parameters()) > 2
+    assert len(samplers) == (dtype == "bfloat16")
     for sampler in samplers:
         assert all(sampler.get_parameter(name) is p for name, p in frozen.items() if p.dtype == torch.bfloat16)
     for optimizer in optimizers:
         assert {id(p) for p in optimizer.state} <= {id(p) for n in networks for p in n.parameters() if p.requires_grad}
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert set(common.load_checkpoint(run_dir)["policy"]) == {
+    assert set(common.load_checkpoint(run_dir)["policy"]["weights"]) == {
         n for n, p in policy.named_parameters() if p.requires_grad
     }
 
@@ -78,13 +84,8 @@ CASES = [("reinforce_lm", kind) for kind in SHAPES] + [(script, kind) for script
 @pytest.mark.parametrize("script, kind", CASES)
 def test_runs_and_what_they_save(script, kind, tmp_path, model_folder, monkeypatch):
     """The merged model is that of the adapters, in plain transformers; the adapters load with peft."""
-    saved, save = [], common.save_model
-
-    def recording_save(model, *rest):
-        saved.append(model(IDS).logits)
-        save(model, *rest)
-
-    monkeypatch.setattr(common, "save_model", recording_save)
+    policies, load = [], common.load_policy
+    monkeypatch.setattr(common, "load_policy", lambda *args: policies.append(load(*args)) or policies[-1])
     folder = model_folder(kind)
     flags = [*SHORT, "--model", folder, "--activation-checkpointing", "--output-dir", tmp_path / "runs"]
     run_main(importlib.import_module(script), *flags)
@@ -92,9 +93,10 @@ def test_runs_and_what_they_save(script, kind, tmp_path, model_folder, monkeypat
     merged, base = [AutoModelForCausalLM.from_pretrained(path) for path in (run_dir / "model", folder)]
     adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), run_dir / "adapter")
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    torch.testing.assert_close(merged(IDS).logits, saved[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(adapted(IDS).logits, saved[0], rtol=1e-4, atol=1e-4)
-    assert (base(IDS).logits - saved[0]).abs().max() > 1e-3
+    trained = policies[0](IDS).logits
+    torch.testing.assert_close(merged(IDS).logits, trained, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapted(IDS).logits, trained, rtol=1e-4, atol=1e-4)
+    assert (base(IDS).logits - trained).abs().max() > 1e-3
     if script == "trpo_lm":  # B = 0 at first, where only B has a gradient
         logged = scalars(run_dir)
         assert logged["trpo/accepted"][0][1] == 1.0

@@ -75,9 +75,6 @@ def test_statistics_over_ranks_one_of_which_has_no_token(saved):
     for result in two:
         torch.testing.assert_close(result["mean"], one["mean"])
     torch.testing.assert_close(torch.cat([result["white"] for result in two]), one["white"])
-    for result, ranks_sum in ((one, 1), (two[0], 3), (two[1], 3)):
-        expected = [torch.full((2, 3), ranks_sum), torch.full((2,), ranks_sum), torch.zeros(2, 3), torch.zeros(2)]
-        assert all(torch.equal(total, values.float()) for total, values in zip(result["sums"], expected, strict=True))
 
 
 def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):
@@ -119,13 +116,13 @@ def test_torchrun_with_one_writer(tmp_path, monkeypatch):
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 96
     last = run_dir / "checkpoint_00000003.pt"
-    expected = torch.load(last)["policy"]
+    expected = torch.load(last)["policy"]["weights"]
     last.unlink()
     ranks = fork_ranks(2, run_main, reinforce_lm, "--resume", run_dir, output=tmp_path / "resumed")
     finish(ranks, [tmp_path / "resumed.0", tmp_path / "resumed.1"])
     assert (tmp_path / "resumed.0").read_text().count("final eval_score") == 1
     assert "final" not in (tmp_path / "resumed.1").read_text()
-    for name, weight in torch.load(last)["policy"].items():
+    for name, weight in torch.load(last)["policy"]["weights"].items():
         assert torch.equal(weight, expected[name]), f"a resumed run differs in {name}"
 
 
