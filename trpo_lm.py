@@ -573,7 +573,8 @@ def main(args, checkpoint=None):
             policy, data, micro_batches, advantages, sampler_logprobs, num_tokens, float32_args
         )
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
-        rows = common.shuffled_rows(response_mask, args, *key)[: max(1, round(args.fvp_fraction * local_batch_size))]
+        rows = torch.randperm(local_batch_size, generator=make_generator("cpu", *key)).to(device)  # of many prompts
+        rows = rows[: max(1, round(args.fvp_fraction * local_batch_size))]
         inputs = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
             lambda v, inputs=inputs: fisher_vector_product(v, *inputs), g, args.cg_iters, args.cg_damping, args.cg_tol

@@ -4,14 +4,19 @@ Responses are sampled from a generator that depends on the prompt alone, so that
 spread over ranks.
 """
 
+import ctypes
+import gc
 import importlib
 import os
+from pathlib import Path
 
 import common
+import ppo_lm
 import trpo_lm
 
 import torch
-from conftest import recorded_gradients, run_main
+from conftest import SHAPES, recorded_gradients, run_main, tiny_model
+from test_shared_prompts import make_batch
 from torch.distributed.tensor import DTensor
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
@@ -107,6 +112,95 @@ def train(run, runs_dir):
         script.line_search = search
     seen = {"gradients": steps, "searches": searches, "natural steps": natural_steps, "divergences": divergences}
     return seen | {"weights": {name: common.whole(weight).clone() for name, weight in models[0].state_dict().items()}}
+
+
+KINDS = {"gpt2": {}, "llama": {}, "qwen3": {}, "gemma2": {}, "mixtral": SHAPES["llama"] | dict(num_local_experts=3)}
+
+
+def passes(kind, rank, world_size):
+    """Of rows that are spread over the ranks: gradients, a Fisher-vector product, a refreshed copy; and what is whole.
+
+    The prompts of the first four rows are worth sharing, those of the last four are not.
+    """
+    policy = tiny_model(kind, **KINDS[kind])
+    critic = ppo_lm.Critic(policy)
+    torch.nn.init.normal_(critic.head.weight)
+    args = trpo_lm.Args(dtype="float32", response_length=4, micro_batch_size=4, activation_checkpointing=True)
+    copied = common.copy_network(policy, torch.float32)
+    networks = [common.prepare(network, torch.device("cpu"), args) for network in (critic, policy)]
+    sequences, mask = make_batch([9, 7, 8, 6, 5, 4, 3], [0, 0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6])
+    mine = torch.arange(12).tensor_split(world_size)[rank]
+    batch, weights = (sequences[mine], mask[mine], mask[mine, -4:]), torch.linspace(-1, 1, 48).view(12, 4)[mine]
+    micro_batches, seen = torch.arange(len(mine)).split(4), {}
+    for inds in micro_batches:
+        inputs = batch[0][inds], batch[1][inds]
+        logprobs, _ = common.policy_logprobs(policy, *inputs, args)
+        (logprobs * weights[inds])[batch[2][inds]].sum().backward()
+        critic(*inputs, args)[:, :-1][batch[2][inds]].square().sum().backward()
+    seen["critic"] = torch.cat([common.whole(p.grad).flatten() for p in critic.parameters()])
+    gradient = trpo_lm.take_gradient(policy)
+    seen["policy"] = gathered(gradient, policy)
+    trpo_lm.set_parameters(policy, trpo_lm.flatten(policy) + 0.1 * gradient / trpo_lm.dot(gradient, gradient) ** 0.5)
+    if kind != "mixtral":
+        product = trpo_lm.fisher_vector_product(gradient, policy, batch, micro_batches, args)
+        seen["product"], seen["curvature"] = gathered(product, policy), trpo_lm.dot(product, gradient)
+    common.copy_weights(policy, copied)
+    for name, parameter in copied.named_parameters():
+        assert torch.equal(parameter, common.whole(policy.get_parameter(name))), name
+    seen["copy"] = torch.nn.utils.parameters_to_vector(copied.parameters()).detach()
+    for network in networks:
+        assert all(isinstance(p, DTensor) == (world_size > 1) for p in network.parameters()), "whole after a pass"
+    return seen
+
+
+class Experts(torch.nn.Module):
+    """Rank r routes its tokens to expert r, so that the last expert has none."""
+
+    def __init__(self, num_ranks):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(3, 2) for _ in range(num_ranks + 1))
+
+    def forward(self, rank):
+        return self.experts[rank](torch.full((3,), rank + 1.0)).sum()
+
+
+def experts(rank, world_size):
+    network = common.prepare(Experts(world_size), torch.device("cpu"), trpo_lm.Args())
+    network(rank).backward()
+    common.clip_gradients(network, 1e9)
+    return [common.whole(parameter.grad) for parameter in network.parameters()]
+
+
+def memory():
+    """Bytes that this process holds more than before, for a model of 20M parameters that has made a step of Adam."""
+
+    def resident():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, args = resident(), trpo_lm.Args(dtype="float32", response_length=4)
+    policy = tiny_model("gpt2", n_embd=512, n_layer=6)
+    policy = common.prepare(policy, torch.device("cpu"), args)
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    sequences, mask = make_batch([5, 5], [0, 1])
+    common.policy_logprobs(policy, sequences, mask, args)[0].sum().backward()
+    optimizer.step()
+    return {"bytes": resident() - before, "parameters": sum(p.numel() for p in policy.parameters())}
+
+
+def work_without_runs(out):
+    rank, world_size, _ = common.start_ranks("cpu")
+    common.MIN_SAVED_TOKENS = 0
+    seen = {kind: passes(kind, rank, world_size) for kind in KINDS}
+    seen |= {"memory": memory(), "experts": experts(rank, world_size)}
+    torch.save(seen, f"{out}.{rank}")
+
+
+def work_on(script, *flags):
+    """A run whose samples do not depend on the number of ranks."""
+    common.rollout = rollout_by_prompt
+    run_main(importlib.import_module(script), *flags)
 
 
 def work(out, runs_dir):

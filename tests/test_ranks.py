@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ import reinforce_lm
 import pytest
 import torch
 from conftest import ROOT, finish, fork, fork_ranks, run_main
-from rank_worker import RUNS, work
-from test_runs import scalars, texts
+from rank_worker import KINDS, RUNS, work, work_on, work_without_runs
+from safetensors.torch import load_file
+from test_runs import assert_same, scalars, texts
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,44 @@ def test_statistics_over_ranks_one_of_which_has_no_token(saved):
     torch.testing.assert_close(torch.cat([result["white"] for result in two]), one["white"])
 
 
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What one, two and three processes saw without training: {world_size: [of each rank]}."""
+    folder, seen = tmp_path_factory.mktemp("passes"), {}
+    for world_size in (1, 2, 3):
+        output = folder / f"output{world_size}"
+        ranks = fork_ranks(world_size, work_without_runs, folder / f"{world_size}", output=output)
+        finish(ranks, [f"{output}.{rank}" for rank in range(world_size)])
+        seen[world_size] = [torch.load(folder / f"{world_size}.{rank}") for rank in range(world_size)]
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_products_and_copies_of_ranks_are_those_of_one(kind, world_size, seen):
+    (one,) = seen[1]
+    for rank in seen[world_size]:
+        for name, expected in one[kind].items():
+            expected, found = map(torch.as_tensor, (expected, rank[kind][name]))
+            assert (found - expected).norm() < (1e-4 if name == "product" else 1e-5) * expected.norm(), name
+
+
+def test_an_expert_of_one_rank_gets_its_gradient_and_one_of_none_zeros(seen):
+    for ranks in seen.values():
+        for rank in ranks:
+            *used, weight, bias = rank["experts"]
+            assert not weight.any() and not bias.any()
+            for expert, (weight, bias) in enumerate(zip(used[::2], used[1::2], strict=True)):
+                assert torch.equal(weight, torch.full((2, 3), expert + 1.0)) and torch.equal(bias, torch.ones(2))
+
+
+def test_the_memory_of_a_rank_falls_with_their_number(seen):
+    """Weights, gradients and two moments, 16 bytes for each parameter on one rank."""
+    of = {world_size: max(rank["memory"]["bytes"] for rank in ranks) for world_size, ranks in seen.items()}
+    parameters = seen[1][0]["memory"]["parameters"]
+    assert of[1] > 15 * parameters and of[2] < 0.7 * of[1] and of[3] < 0.55 * of[1], of
+
+
 def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):
     """Two ranks, one after the other in this process, each for three iterations, and another seed."""
     noise, prompts, rollout = [], [], common.rollout
@@ -124,6 +164,56 @@ def test_torchrun_with_one_writer(tmp_path, monkeypatch):
     assert "final" not in (tmp_path / "resumed.1").read_text()
     for name, weight in torch.load(last)["policy"]["weights"].items():
         assert torch.equal(weight, expected[name]), f"a resumed run differs in {name}"
+
+
+@pytest.mark.parametrize(
+    "script, flags", [("ppo_lm", ["--update-epochs", 2]), ("trpo_lm", ["--lora-rank", 2, "--fvp-fraction", 1])]
+)
+def test_a_checkpoint_is_that_of_any_number_of_ranks(script, flags, tmp_path):
+    """A run of two ranks goes on bit for bit with two; with one it takes the same step, and the reverse."""
+
+    def run(world_size, *flags):
+        outputs = [tmp_path / f"output.{rank}" for rank in range(world_size)]
+        finish(fork_ranks(world_size, work_on, script, *flags, output=tmp_path / "output"), outputs)
+        return [output.read_text() for output in outputs]
+
+    flags += [
+        "--num-minibatches",
+        1,
+        "--total-episodes",
+        64,
+        "--batch-size",
+        32,
+        "--eval-size",
+        4,
+        "--save-every",
+        1,
+        "--device",
+        "cpu",
+    ]
+    last = {}
+    for before in (2, 1):
+        run(before, *flags, "--output-dir", tmp_path / str(before))
+        (whole,) = (tmp_path / str(before)).iterdir()
+        last[before] = common.load_checkpoint(whole)
+        for after in (2, 1) if before == 2 else (2,):
+            stopped = shutil.copytree(whole, tmp_path / f"{before}_{after}")
+            (stopped / "checkpoint_00000002.pt").unlink()
+            output = run(after, "--resume", stopped)
+            assert [f"{before} ranks before, {after} now" in text for text in output] == [before != after, False][
+                :after
+            ]
+            found = common.load_checkpoint(stopped)
+            for name, expected in last[before].items():
+                if before == after and name not in ("args", "carried"):
+                    assert_same(expected, found[name])
+                elif isinstance(expected, dict) and "weights" in expected:
+                    for key, weight in expected["weights"].items():
+                        torch.testing.assert_close(found[name]["weights"][key], weight, rtol=1e-3, atol=1e-4)
+        saved = load_file(whole / "model" / "model.safetensors")
+        weights = last[before]["policy"]["weights"]
+        assert all(torch.equal(weights[name], weight) for name, weight in saved.items() if name in weights)
+        assert script == "trpo_lm" or saved.keys() <= weights.keys()
 
 
 def reward_file(tmp_path, death):
