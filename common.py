@@ -1,7 +1,7 @@
 """Tokenization, prompts, rollout, scoring and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
-Functions do not write to the tensors they are given, but for those whose names say so (`copy_weights`, `add_sums`,
-`clip_gradients`, `add_adapters`, `restore_state`). `args` are the flags of a script.
+Functions do not write to the tensors they are given, but for those whose names say so (`add_sums`, `clip_gradients`,
+`add_adapters`, `restore_state`). `args` are the flags of a script.
 Shapes: N prompts, B responses of a batch on this rank, b of a micro-batch, P prompt length, R response length, p and r
 those of a micro-batch after `trim`, V vocabulary.
 
@@ -525,22 +525,27 @@ def checkpoint_activations(network):
         layer.forward = functools.partial(run, layer.forward)
 
 
+@contextlib.contextmanager
 @torch.no_grad()
-def copy_weights(source, target):
-    """Copy the parameters of a network into a whole copy of it, in place, rounding to its precision.
+def whole_weights(sampler, policy):
+    """Inside, the sampler has the policy's weights, whole on each rank and in its own precision, and outside none.
 
-    All ranks have to call this.
+    All ranks have to call this. A sampler that is the policy, or shares frozen parameters with it, keeps them.
     """
-    copies = dict(zip(source.modules(), target.modules()))
-    for module in shards(source):
+    copies, copied = dict(zip(policy.modules(), sampler.modules())), []
+    for module in shards(policy):
         is_shard = isinstance(module, FSDPModule)
         if is_shard:
             module.unshard()
         for new, old in zip(module.parameters(), copies[module].parameters()):
-            if new is not old and not isinstance(new, DTensor):  # a base that both share; another module's to gather
-                old.copy_(new)
+            if new is not old and not isinstance(new, DTensor):  # not another module's to gather
+                old.data = new.to(old.dtype, copy=True)
+                copied.append(old)
         if is_shard:
             module.reshard()
+    yield
+    for parameter in copied:
+        parameter.data = parameter.new_empty(0)
 
 
 @contextlib.contextmanager
@@ -720,22 +725,29 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
 
 
 # ===== Log-probabilities =====
+def autocast(device, args):
+    """A context for passes in the precision of --dtype.
+
+    With --activation-checkpointing weights are rounded anew for each layer: a cache would hold all of them at once.
+    """
+    enabled, cache_enabled = args.dtype == "bfloat16", not args.activation_checkpointing
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache_enabled)
+
+
 def response_logits(model, sequences, attention_mask, args):
     """Logits of the responses, divided by the sampling temperature: (b, P+R), (b, P+R) -> (b, r, V).
 
     For each response token given what stands before it, up to r, the longest response of these rows.
     """
     sequences, attention_mask, length = trim(sequences, attention_mask, args.response_length)  # (b, p+r)
-    with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    with autocast(sequences.device, args):
         prompt_pass = functools.partial(model, logits_to_keep=1)
         # The last token is only predicted.
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
         logits = model(**inputs, logits_to_keep=length).logits
-    return (
-        logits
-        if args.temperature == 1
-        else logits.to(torch.promote_types(logits.dtype, torch.float32)) / args.temperature
-    )
+    if args.temperature == 1:
+        return logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / args.temperature
 
 
 def token_statistics(logits, tokens):

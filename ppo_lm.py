@@ -216,7 +216,7 @@ class Critic(torch.nn.Module):
     def forward(self, sequences, attention_mask, args):
         """Values of the states before each response token, and of the one after the last: (b, P+R) -> (b, R+1)."""
         sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
-        with torch.autocast(sequences.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with common.autocast(sequences.device, args):
             inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)
             hidden = self.backbone(**inputs).last_hidden_state[:, -length - 1 :]  # (b, r+1, hidden size)
         values = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (b, r+1)
@@ -319,12 +319,11 @@ def main(args, checkpoint=None):
         Returns:
             sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
         """
-        if sampler is not policy:
-            common.copy_weights(policy, sampler)
         ids, mask = prompts.padded(device)  # (n, P)
-        responses, response_mask, logprobs = common.rollout(  # (n k, R)
-            sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
-        )
+        with common.whole_weights(sampler, policy):
+            responses, response_mask, logprobs = common.rollout(  # (n k, R)
+                sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
+            )
         sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
         attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
         facts = {"ended": common.has_ended(responses, end_ids).tolist(), "num_tokens": response_mask.sum(1).tolist()}

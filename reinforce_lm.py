@@ -253,12 +253,11 @@ def main(args, checkpoint=None):
         Returns:
             sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
         """
-        if sampler is not policy:
-            common.copy_weights(policy, sampler)
         ids, mask = prompts.padded(device)  # (n, P)
-        responses, response_mask, logprobs = common.rollout(  # (n k, R)
-            sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
-        )
+        with common.whole_weights(sampler, policy):
+            responses, response_mask, logprobs = common.rollout(  # (n k, R)
+                sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
+            )
         sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
         attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
         facts = {"ended": common.has_ended(responses, end_ids).tolist(), "num_tokens": response_mask.sum(1).tolist()}

@@ -144,10 +144,11 @@ def passes(kind, rank, world_size):
     if kind != "mixtral":
         product = trpo_lm.fisher_vector_product(gradient, policy, batch, micro_batches, args)
         seen["product"], seen["curvature"] = gathered(product, policy), trpo_lm.dot(product, gradient)
-    common.copy_weights(policy, copied)
-    for name, parameter in copied.named_parameters():
-        assert torch.equal(parameter, common.whole(policy.get_parameter(name))), name
-    seen["copy"] = torch.nn.utils.parameters_to_vector(copied.parameters()).detach()
+    with common.whole_weights(copied, policy):
+        seen["copy"] = torch.nn.utils.parameters_to_vector(copied.parameters()).detach()
+    assert not any(parameter.numel() for parameter in copied.parameters())
+    expected = [common.whole(parameter.detach()) for parameter in policy.parameters()]
+    assert torch.equal(seen["copy"], torch.nn.utils.parameters_to_vector(expected))
     for network in networks:
         assert all(isinstance(p, DTensor) == (world_size > 1) for p in network.parameters()), "whole after a pass"
     return seen

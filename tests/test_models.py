@@ -6,6 +6,7 @@ import json
 import sys
 
 import common
+from reinforce_lm import Args
 
 import pytest
 import torch
@@ -146,6 +147,8 @@ def test_checkpointed_layers_keep_less_and_sampling_keeps_its_cache(kind):
     before, plain = sum(kept), [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     common.checkpoint_activations(model)
+    with common.autocast(ids.device, Args(activation_checkpointing=True)):
+        assert not torch.is_autocast_cache_enabled()
     calls = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1]))
     assert torch.equal(rollout(model, ids, mask, 6, [], **settings)[0], responses)
