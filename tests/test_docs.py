@@ -180,7 +180,8 @@ def test_every_metric_named_in_code_or_docs_is_explained():
 def test_flags_in_the_docs_exist():
     flags = {common.flag(name) for names in FLAGS.values() for name in names}
     flags |= {"--no-" + flag[2:] for flag in flags}
-    flags |= {"--help", "--nproc-per-node", "--logdir", "--sections", "--rollout-model"}  # of other programs, but one
+    flags |= {"--help", "--logdir", "--sections", "--rollout-model", "--nproc-per-node", "--nnodes"}  # others', but one
+    flags |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
     for name, text in DOCS.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= flags, name
 
@@ -259,7 +260,9 @@ def test_links_in_the_docs_lead_somewhere(name):
         path, _, anchor = target.partition("#")
         assert (folder / path).is_file(), target
         headings = re.findall(r"^#+ (.+)$", (folder / path).read_text(), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], target
+        assert not anchor or anchor in [heading.lower().replace(" ", "-").replace(",", "") for heading in headings], (
+            target
+        )
 
 
 def test_the_readme_stays_short():
