@@ -1234,3 +1234,12 @@ def show_progress(iteration, num_iterations, metrics):
     line = f"iteration {iteration}/{num_iterations}: score {metrics['objective/score']:.3f}, "
     line += f"KL {metrics['objective/kl_ref']:.2f}, " if "objective/kl_ref" in metrics else ""
     show(line + f"{metrics['time/tokens_per_second']:.0f} tokens/s", sys.stderr, end="")
+
+
+def show_summary(run_dir, before, after, facts):
+    """Write the means of the first and the last evaluation, and `facts`, to summary.json and in one line."""
+    summary = {f"{name.replace('/', '_')}_before": value for name, value in before.items()}
+    summary |= {name.replace("/", "_"): value for name, value in after.items()} | facts
+    Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    figures = [f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()]
+    show(f"final {' '.join(figures)}")

@@ -53,7 +53,6 @@ common.py begins with a drawing of how prompts, responses, masks, logits and val
 """
 
 # ===== Imports (shared by all three scripts) =====
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -484,15 +483,9 @@ def main(args, checkpoint=None):
     if rank == 0:
         writer.close()
         if num_iterations:
-            ids = train_prompts.ids + eval_prompts.ids
-            common.save_model(args, tokenizer, ids, weights, f"{run_dir}/model")
-        summary = {f"{name.replace('/', '_')}_before": value for name, value in carried["before"].items()}
-        summary |= {name.replace("/", "_"): value for name, value in carried["after"].items()}
-        summary |= {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time}
-        summary |= {"run_dir": run_dir}
-        Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        figures = [f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()]
-        common.show(f"final {' '.join(figures)}")
+            common.save_model(args, tokenizer, train_prompts.ids + eval_prompts.ids, weights, f"{run_dir}/model")
+        facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
+        common.show_summary(run_dir, carried["before"], carried["after"], facts)
     if world_size > 1:
         dist.destroy_process_group()
 

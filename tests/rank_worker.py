@@ -27,6 +27,7 @@ RUNS = {
     "ppo_lm": [*ONE, "--update-epochs", 3, "--target-kl", 0.0327],
     "trpo_lm": [*ONE, "--fvp-fraction", 1],
     "ppo_lm penalty": [*ONE, "--surrogate", "kl_penalty", "--truncation", "bootstrap", "--micro-batch-size", 5],
+    "ppo_lm bfloat16 lora": [*ONE, "--dtype", "bfloat16", "--lora-rank", 2, "--activation-checkpointing"],
     "trpo_lm lora": [*ONE, "--lora-rank", 2, "--fvp-fraction", 1],
     "trpo_lm half": [*ONE, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
 } | {
@@ -151,6 +152,7 @@ def passes(kind, rank, world_size):
     assert torch.equal(seen["copy"], torch.nn.utils.parameters_to_vector(expected))
     for network in networks:
         assert all(isinstance(p, DTensor) == (world_size > 1) for p in network.parameters()), "whole after a pass"
+        assert len(common.shards(network)) == (3 if world_size > 1 else 1), "two layers and the rest"
     return seen
 
 

@@ -43,7 +43,7 @@ def test_two_ranks_take_the_step_of_one(run, saved):
     for rank in two:
         assert len(rank["gradients"]) == len(one["gradients"]) >= first_update
         for step, expected in zip(rank["gradients"][:first_update], one["gradients"]):
-            assert (step - expected).norm() < 1e-5 * expected.norm()
+            assert (step - expected).norm() < (0.02 if "bfloat16" in run else 1e-5) * expected.norm()
     for rank in two:  # what beta is adapted to, before the first step and after it
         for found, expected in zip(rank["divergences"], one["divergences"], strict=True):
             assert found == pytest.approx(expected, rel=0.02, abs=1e-5)
@@ -66,7 +66,9 @@ def test_two_ranks_log_what_one_logs(run, saved):
     for tag in one:
         found, expected = two[tag][0][1], one[tag][0][1]
         if not tag.startswith("time/") and not (run == "trpo_lm half" and tag.startswith("trpo/")):
-            assert found == pytest.approx(expected, rel=1e-3, abs=2e-5), tag
+            bound = dict(rel=0.05, abs=0.01) if "bfloat16" in run else dict(rel=1e-3, abs=2e-5)
+            assert found == pytest.approx(expected, **bound), tag
+    assert two.get("policy/ratio_first_minibatch", [(32, 1.0)])[0][1] == 1.0
     one, two = [texts(run_dir)[0] for run_dir in dirs]
     assert len(one) == 7 and two == one[::2], "rank 0 shows the rows that it has"
 
