@@ -73,6 +73,10 @@ def test_the_base_is_shared_and_stays_what_it_was(script, dtype, tmp_path, model
     for optimizer in optimizers:
         assert {id(p) for p in optimizer.state} <= {id(p) for n in networks for p in n.parameters() if p.requires_grad}
     (run_dir,) = (tmp_path / "runs").iterdir()
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    for name, layer in common.adapted_layers(policy).items():  # the saved base has not been rounded
+        expected = base.get_submodule(name).weight + layer.get_delta_weight("default")
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-6)
     assert set(common.load_checkpoint(run_dir)["policy"]["weights"]) == {
         n for n, p in policy.named_parameters() if p.requires_grad
     }
