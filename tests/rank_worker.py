@@ -25,11 +25,11 @@ RUNS = {
     "reinforce_lm": [],
     # The first update ends early by the KL of all ranks, 0.0332; by its own, 0.0322, the first of two would go on.
     "ppo_lm": [*ONE, "--update-epochs", 3, "--target-kl", 0.0327],
-    "trpo_lm": [*ONE, "--fvp-fraction", 1],
+    "trpo_lm": [*ONE, "--fvp-fraction", 1, "--cg-iters", 4],
     "ppo_lm penalty": [*ONE, "--surrogate", "kl_penalty", "--truncation", "bootstrap", "--micro-batch-size", 5],
     "ppo_lm bfloat16 lora": [*ONE, "--dtype", "bfloat16", "--lora-rank", 2, "--activation-checkpointing"],
-    "trpo_lm lora": [*ONE, "--lora-rank", 2, "--fvp-fraction", 1],
-    "trpo_lm half": [*ONE, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
+    "trpo_lm lora": [*ONE, "--cg-iters", 4, "--lora-rank", 2, "--fvp-fraction", 1],
+    "trpo_lm half": [*ONE, "--cg-iters", 2, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
 } | {
     f"reinforce_lm {name}": ["--baseline", name, "--normalize-advantages"] for name in ("none", "mean", "ema", "greedy")
 }
@@ -207,7 +207,7 @@ def work_on(script, *flags):
 
 
 def work(out, runs_dir):
-    common.rollout = rollout_by_prompt
+    common.rollout, common.NUM_SORT_PROMPTS = rollout_by_prompt, 2**11
     common.save_model = lambda *args: None
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
     result = {"statistics": statistics()} | {run: train(run, runs_dir) for run in RUNS}

@@ -127,8 +127,9 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         return shaped(scores, logprobs, ref_logprobs, response_mask, kl_coef)
 
     def recording_logprobs(*args, policy_logprobs=common.policy_logprobs):
-        logprobs, seen["entropy"] = policy_logprobs(*args)  # the last pass of an iteration is that of the loss
-        return logprobs, seen["entropy"]
+        logprobs, entropy = policy_logprobs(*args)
+        seen["entropy"] = entropy[args[2][:, -9:]]  # of tokens; the last pass of an iteration is that of the loss
+        return logprobs, entropy
 
     monkeypatch.setattr(common, "policy_logprobs", recording_logprobs)
     monkeypatch.setattr(common, "rollout", recording_rollout)
@@ -140,7 +141,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     (run_dir,) = tmp_path.iterdir()
     values = {tag: [value for _, value in steps] for tag, steps in scalars(run_dir).items()}
     first, last = [{tag: steps[i] for tag, steps in values.items()} for i in (0, -1)]
-    lengths, kl, scores, ended, entropy = [], [], [], [], []
+    lengths, kl, scores, ended = [], [], [], []
     for i in range(32):
         tokens = seen["responses"][i].tolist()
         length = tokens.index(0) + 1 if 0 in tokens else 9
@@ -148,7 +149,6 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         ended.append(0 in tokens)
         kl.append(seen["gap"][i, :length].sum().item())
         scores.append(seen["scores"][i].item())
-        entropy += seen["entropy"][i, :length].tolist()
     assert len(set(lengths)) > 1
     assert last["objective/response_length"] == pytest.approx(sum(lengths) / 32)
     assert last["objective/ended"] == pytest.approx(sum(ended) / 32)
@@ -165,7 +165,7 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
         assert now == pytest.approx(average, rel=1e-4)  # of the batches before this one
         average = 0.75 * average + 0.25 * earlier
     assert abs(first["objective/kl_ref"]) < 1e-4 < last["objective/kl_ref"]  # the policy starts as its reference
-    assert last["policy/entropy"] == pytest.approx(sum(entropy) / sum(lengths), rel=1e-4)
+    assert last["policy/entropy"] == pytest.approx(seen["entropy"].sum().item() / sum(lengths), rel=1e-4)
     assert last["policy/sampler_gap"] < 1e-5
 
 
@@ -333,7 +333,7 @@ def test_bfloat16_sampler_follows_the_policy(script, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_policy", lambda *args: policies.append(real_load_policy(*args)) or policies[-1])
     monkeypatch.setattr(common, "rollout", checking_rollout)
     flags = ["--dtype", "bfloat16", "--batch-size", 32, "--eval-size", 4, "--save-every", 1]
-    flags += ["--no-anneal-lr", *(["--no-anneal-max-kl"] if script == "trpo_lm" else [])]
+    flags += ["--no-anneal-lr", *(["--no-anneal-max-kl", "--cg-iters", 3] if script == "trpo_lm" else [])]
     run_main(module, *flags, "--total-episodes", 64, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()
     run_main(module, "--resume", run_dir, "--total-episodes", 96)
