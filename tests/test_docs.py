@@ -103,16 +103,17 @@ def test_every_equation_has_one_anchor(script):
 # ----- docs/equations.md -----
 
 
-def table(heading):
-    """Cells of the rows of the first table under a heading of docs/equations.md."""
-    text = DOCS["equations.md"].split(f"## {heading}\n")[1].split("\n## ")[0]
+def table(heading, name="equations.md"):
+    """Cells of the rows of the first table under a heading of a document."""
+    text = DOCS[name].split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[2:]]  # without header and rule
 
 
-def test_the_table_of_formulas_points_to_their_lines():
+@pytest.mark.parametrize("heading, name", [("From the formula to the line", "equations.md"), ("从公式到代码", "zh.md")])
+def test_the_table_of_formulas_points_to_their_lines(heading, name):
     listed = []
-    for *_, scripts, equations, function in table("From the formula to the line"):
+    for *_, scripts, equations, function in table(heading, name):
         for script in re.findall(r"`(\w+)\.py`", scripts):
             node = top_level(script)[function.strip("`")]
             for equation in re.findall(r"\(\d+\)", equations):
@@ -127,7 +128,8 @@ def test_the_table_of_formulas_points_to_their_lines():
             r"^    (\(\d+\)) ", ast.get_docstring(ast.parse(SOURCES[script])), flags=re.MULTILINE
         )
     ]
-    assert sorted(listed) == sorted(in_docstrings)
+    assert len(listed) > 15 and set(listed) <= set(in_docstrings)
+    assert name == "zh.md" or sorted(listed) == sorted(in_docstrings)
 
 
 def test_every_detail_names_a_test_that_exists():
