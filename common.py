@@ -650,24 +650,20 @@ def micro_batches_of(inds, response_mask, args):
     """
     lengths, prompts = response_mask[inds].sum(1), inds // args.samples_per_prompt  # (n,), (n,)
     longest = torch.zeros_like(response_mask[:, 0], dtype=torch.long).scatter_reduce(0, prompts, lengths, "amax")
-    keys = (
-        longest[prompts] * len(response_mask) + prompts
-    )  # (n,), one per prompt: its longest response, then its number
+    keys = longest[prompts] * len(response_mask) + prompts  # (n,), one number for each prompt
     order = keys.argsort(descending=True, stable=True)  # (n,)
     return inds[order].split(args.micro_batch_size)
 
 
-def shuffled_rows(response_mask, args, *key):
-    """Indices of the rows of a batch, prompts in a random order that depends on `key`, rows of a prompt together."""
+def shuffled_minibatches(response_mask, args, *key):
+    """One pass over the batch: a list of minibatches, which are lists of micro-batches.
+
+    Prompts come in a random order that depends on `key`, and the rows of a prompt stay together.
+    """
     k, device = args.samples_per_prompt, response_mask.device
     order = torch.randperm(len(response_mask) // k, generator=make_generator("cpu", *key)).to(device)
-    return (order[:, None] * k + torch.arange(k, device=device)).flatten()
-
-
-def shuffled_minibatches(response_mask, args, *key):
-    """One pass over the batch: a list of minibatches, which are lists of micro-batches."""
-    minibatches = shuffled_rows(response_mask, args, *key).tensor_split(args.num_minibatches)
-    return [micro_batches_of(inds, response_mask, args) for inds in minibatches]
+    rows = (order[:, None] * k + torch.arange(k, device=device)).flatten()  # (B,)
+    return [micro_batches_of(inds, response_mask, args) for inds in rows.tensor_split(args.num_minibatches)]
 
 
 def trim(sequences, attention_mask, response_length):

@@ -155,6 +155,8 @@ def test_micro_batches_keep_prompts_together_and_rows_of_one_length():
 
 
 def test_shuffled_rows_keep_prompts_together():
-    rows = common.shuffled_rows(torch.ones(24, 1), Args(), 1, 2, 3).view(6, 4)
+    args = Args(num_minibatches=6)
+    rows = torch.stack([inds for (inds,) in common.shuffled_minibatches(torch.ones(24, 1), args, 1, 2, 3)])
     assert sorted(rows.flatten().tolist()) == list(range(24)) and (rows // 4 == rows[:, :1] // 4).all()
-    assert not torch.equal(rows, common.shuffled_rows(torch.ones(24, 1), Args(), 1, 2, 4).view(6, 4))
+    others = torch.stack([inds for (inds,) in common.shuffled_minibatches(torch.ones(24, 1), args, 1, 2, 4)])
+    assert not torch.equal(rows, others)
