@@ -391,7 +391,7 @@ def test_the_sampling_copy_rounds_parameters_and_nothing_else():
 def test_seeds_and_iterations_have_shuffles_of_their_own():
     shuffles, args = [], ppo_lm.Args(num_minibatches=25)
     for key in ((1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 1, 1)):
-        minibatches = common.shuffled_minibatches(torch.ones(100, 1), args, *key)
+        minibatches = common.shuffled_minibatches(torch.ones(100, 1, dtype=torch.bool), args, *key)
         shuffles.append(tuple(torch.cat([inds for minibatch in minibatches for inds in minibatch]).tolist()))
     assert len(set(shuffles)) == 4
     streams = [common.prompt_indices(1000, 0, 50, seed) for seed in (1, 2)]

@@ -156,7 +156,11 @@ def test_micro_batches_keep_prompts_together_and_rows_of_one_length():
 
 def test_shuffled_rows_keep_prompts_together():
     args = Args(num_minibatches=6)
-    rows = torch.stack([inds for (inds,) in common.shuffled_minibatches(torch.ones(24, 1), args, 1, 2, 3)])
+    rows = torch.stack(
+        [inds for (inds,) in common.shuffled_minibatches(torch.ones(24, 1, dtype=torch.bool), args, 1, 2, 3)]
+    )
     assert sorted(rows.flatten().tolist()) == list(range(24)) and (rows // 4 == rows[:, :1] // 4).all()
-    others = torch.stack([inds for (inds,) in common.shuffled_minibatches(torch.ones(24, 1), args, 1, 2, 4)])
+    others = torch.stack(
+        [inds for (inds,) in common.shuffled_minibatches(torch.ones(24, 1, dtype=torch.bool), args, 1, 2, 4)]
+    )
     assert not torch.equal(rows, others)
