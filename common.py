@@ -809,16 +809,17 @@ class Prompts:
         """The prompts at `indices`, in that order."""
         return Prompts([self.rows[i] for i in indices], [self.ids[i] for i in indices])
 
-    def digest(self):
-        """A number that tells whether prompts are the same."""
-        return zlib.crc32(json.dumps(self.rows, default=str).encode())
-
     def padded(self, device="cpu"):
         """Ids and mask of real tokens, (N, P) each, left-padded to the longest of these prompts."""
         length = max(map(len, self.ids))
         ids = torch.tensor([[PAD_ID] * (length - len(tokens)) + tokens for tokens in self.ids])
         mask = torch.arange(length) >= length - torch.tensor([len(tokens) for tokens in self.ids])[:, None]
         return ids.to(device), mask.to(device)
+
+
+def digest(*prompts):
+    """A number that tells whether several `Prompts` are the same as before."""
+    return zlib.crc32(json.dumps([part.rows for part in prompts], default=str).encode())
 
 
 PAD_ID = 0  # masks decide which tokens are real, so padding may be any id of the vocabulary, the end token's included
@@ -911,8 +912,9 @@ def load_prompts(args, checkpoint=None):
         held_out = encode_prompts(tokenizer, eval_rows, args.prompt_length)
     else:
         train, held_out = split_prompts(train, args.eval_size)
-    same = not checkpoint or checkpoint["data"] == train.digest()
-    require(same, "--dataset", f"the prompts that {args.resume} began with", f"others in {args.dataset}")
+    same = not checkpoint or checkpoint["data"] == digest(train, held_out)
+    files = f"{args.dataset} {args.eval_dataset}"
+    require(same, "--dataset, --eval-dataset", f"the prompts that {args.resume} began with", f"others in {files}")
     return tokenizer, train, held_out
 
 

@@ -370,7 +370,8 @@ def main(args, checkpoint=None):
             carried["after"] = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
             state = {name: common.gather_state(*parts) for name, parts in trained.items()}
-            state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": train_prompts.digest()}
+            data = common.digest(train_prompts, eval_prompts)
+            state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": data}
             if rank == 0:
                 common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
             del state  # as large as all that is trained

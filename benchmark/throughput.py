@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/throughput.py                                   # all of it, a quarter of an hour on two cores
     python benchmark/throughput.py --sections rollout --rollout-model DIR
+    python benchmark/throughput.py --sections scripts --rollout-model DIR --updates 2 --warmup 1
     python benchmark/throughput.py --sections gpu --shape 1.5B       # on a GPU
     python benchmark/throughput.py --sections gpu --shape tiny --device cpu --gpu-prompts 4 --gpu-length 8 \\
         --micro-batch-size 8                                         # tries the code of the section `gpu` without one
@@ -84,11 +85,11 @@ class Args:
     eval_every: int = 10
     """trl: updates between evaluations in the race, which the clock leaves out"""
     rollout_model: str = ""
-    """rollout: folder of a model to sample from, besides the tiny one"""
+    """rollout, scripts: folder of a model to measure, besides the tiny one"""
     rollout_responses: int = 32
-    """rollout: responses of --rollout-model, 4 to a prompt of 16 random tokens"""
+    """rollout, scripts: responses of --rollout-model, 4 to a prompt"""
     rollout_length: int = 24
-    """rollout: tokens of each of them"""
+    """rollout, scripts: tokens of each of them"""
     shape: Literal["tiny", "0.5B", "1.5B", "7B"] = "0.5B"
     """gpu: shape of the model, that of a Qwen2.5 with random weights; tiny is for trying the code"""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -553,6 +554,15 @@ def compare_runs(title, settings, args, scratch, per_token=False):
 def section_scripts(args, scratch):
     settings = {f"`{script}`": dict(script=script) for script in SCRIPTS}
     compare_runs("**scripts**: default flags, 256 responses per update", settings, args, scratch)
+    if args.rollout_model:
+        sizes = dict(model=args.rollout_model, batch_size=args.rollout_responses, response_length=args.rollout_length)
+        settings = {
+            f"`{script}`, {dtype}": dict(script=script, dtype=dtype, micro_batch_size=16, eval_size=4, **sizes)
+            for dtype in ("float32", "bfloat16")
+            for script in (SCRIPTS[1], SCRIPTS[2], SCRIPTS[0])
+        }
+        title = f"**scripts** on {Path(args.rollout_model).name}: {args.rollout_responses} responses per update"
+        compare_runs(f"{title} of up to {args.rollout_length} tokens to prompts of `sort`", settings, args, scratch)
 
 
 def profile_script(name, args, scratch):

@@ -356,7 +356,7 @@ def test_rewards_that_ask_get_facts_and_may_return_parts():
 def test_a_digest_tells_data_apart_and_takes_what_hubs_hold():
     rows = [{"prompt": "a", "when": datetime.date(2026, 1, 1)}, {"prompt": "b", "when": datetime.date(2026, 1, 2)}]
     same, other = common.Prompts([dict(row) for row in rows], []), common.Prompts(rows[::-1], [])
-    assert common.Prompts(rows, []).digest() == same.digest() != other.digest()
+    assert common.digest(common.Prompts(rows, [])) == common.digest(same) != common.digest(other)
 
 
 def test_lines_never_end_a_run(tmp_path):

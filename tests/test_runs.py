@@ -544,12 +544,17 @@ def test_a_run_directory_has_one_writer(tmp_path):
 
 def test_a_resumed_run_wants_the_data_it_began_with(tmp_path, capsys):
     rows = [json.dumps({"prompt": f"{i:02d}", "reference": "1"}) for i in range(40)]
-    (tmp_path / "data.jsonl").write_text("\n".join(rows))
-    run_main(reinforce_lm, *FEW, "--dataset", tmp_path / "data.jsonl", "--output-dir", tmp_path / "runs")
+    files = [tmp_path / "data.jsonl", tmp_path / "eval.jsonl"]
+    for file in files:
+        file.write_text("\n".join(rows))
+    flags = ["--dataset", files[0], "--eval-dataset", files[1], "--output-dir", tmp_path / "runs"]
+    run_main(reinforce_lm, *FEW, *flags)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    (tmp_path / "data.jsonl").write_text("\n".join(rows[1:] + rows[:1]))
-    error = error_of(capsys, reinforce_lm, "--resume", run_dir, "--total-episodes", 96)
-    assert "--dataset: expected the prompts that" in error and "data.jsonl" in error
+    for file in files:
+        file.write_text("\n".join(rows[1:] + rows[:1]))
+        error = error_of(capsys, reinforce_lm, "--resume", run_dir, "--total-episodes", 96)
+        assert "--dataset, --eval-dataset: expected the prompts that" in error and "data.jsonl" in error
+        file.write_text("\n".join(rows))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
