@@ -984,6 +984,9 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     return responses, response_mask, logprobs
 
 
+MIN_REPLAYS = 32  # or recording a graph costs more than it saves
+
+
 class Decoder:
     """Runs a model over prompts and then over one more token of each response at a time.
 
@@ -1022,7 +1025,11 @@ class Decoder:
         self.tokens.copy_(tokens)
         self.positions += 1
         self.length += 1
-        if self.fixed_size and tokens.device.type == "cuda":
+        on_cuda, steps_left = (
+            tokens.device.type == "cuda",
+            self.attention_mask.shape[1] - self.length,
+        )  # this one included
+        if self.fixed_size and on_cuda and (self.graph or steps_left >= MIN_REPLAYS):
             self.graph = self.graph or self.capture()
             self.graph.replay()  # writes to self.logits
         else:
