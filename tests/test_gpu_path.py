@@ -10,7 +10,7 @@ from test_runs import scalars
 SIZES = ["--batch-size", 16, "--micro-batch-size", 8, "--rollout-batch-size", 8]
 SIZES += ["--response-length", 24, "--eval-size", 4, "--temperature", 0.8, "--device", "pretend"]
 CASES = [  # script, model, flags, largest gap
-    ("reinforce_lm", "gpt2", ["--total-episodes", 32, "--baseline", "greedy", "--activation-checkpointing"], 1e-5),
+    ("reinforce_lm", "gpt2", ["--total-episodes", 32, "--baseline", "greedy", "--response-length", 22], 1e-5),
     ("ppo_lm", "qwen3", ["--total-episodes", 16, "--dtype", "bfloat16", "--target-kl", 0.01], 0.1),
     ("trpo_lm", "qwen2", ["--total-episodes", 16, "--truncation", "bootstrap", "--fvp-fraction", 0.5], 1e-5),
 ]
@@ -23,7 +23,10 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     finish([fork(run_on_it, script, flags, output=output, start="forkserver")], [output])
     captures, replays = map(int, re.search(r"(\d+) captures, (\d+) replays", output.read_text()).groups())
     updates = flags[flags.index("--total-episodes") + 1] // 16
-    assert captures > 3 * updates + 2, "more than rollouts, greedy rollouts and evaluations: rows were dropped"
+    if script == "reinforce_lm":
+        assert captures == 3 * updates + 2, "rollouts, greedy rollouts and evaluations: none for the last 6 tokens"
+    else:
+        assert captures > 2 * updates + 2, "more than rollouts and evaluations: rows were dropped"
     assert replays > 15 * captures / 2, "most graphs serve many tokens"
     (run_dir,) = (tmp_path / "runs").iterdir()
     gaps = [gap for _, gap in scalars(run_dir)["policy/sampler_gap"]]
