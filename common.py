@@ -991,7 +991,7 @@ class Decoder:
     """Runs a model over prompts and then over one more token of each response at a time.
 
     On the CPU the cache of keys and values grows. On CUDA it has its final size from the start, so that the pass of one
-    token is the same work each time: it is captured once as a graph and replayed, since launching its kernels one by
+    token is the same work each time: it is captured as a graph and replayed, since launching its kernels one by
     one takes longer than running them.
     """
 
