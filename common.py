@@ -39,6 +39,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -102,21 +103,29 @@ def blame(name):
 @contextlib.contextmanager
 def one_line_errors():
     """End the process with one line: exit code 2 for bad input, a failed write or a full GPU, 130 for Control-C."""
+    hook = threading.excepthook  # TensorBoard's thread raises in the main one, too, when the disk is full
+    threading.excepthook = lambda thread: None if issubclass(thread.exc_type, OSError) else hook(thread)
     try:
         yield
-    except (InputError, OSError) as error:
+    except InputError as error:
         line, code = f"error: {error}", 2
+    except OSError as error:
+        line, code = f"error: {error} ({run_dir_of(error)})", 2
     except torch.OutOfMemoryError as error:
         bounds = "--micro-batch-size, --rollout-batch-size, --activation-checkpointing and --lora-rank"
         line, code = f"error: out of memory, which {bounds} bound: {error}", 2
     except KeyboardInterrupt as error:
-        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-        run_dir = next((names["run_dir"] for names in frames if "run_dir" in names), "RUN_DIR")  # of main
-        line, code = f"stopped; --resume {run_dir} goes on from the last checkpoint", 130
+        line, code = f"stopped; --resume {run_dir_of(error)} goes on from the last checkpoint", 130
     else:
         return
     show(" ".join(line.split()), sys.stderr)
     sys.exit(code)
+
+
+def run_dir_of(error):
+    """The run directory of the `main` that an error left."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((names["run_dir"] for names in frames if "run_dir" in names), "RUN_DIR")
 
 
 def show(line, file=None, end="\n"):

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from conftest import ROOT, SCRIPTS, error_line, finish, fork, load_policy, recorded_gradients, run_main
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -636,6 +638,24 @@ def test_a_saved_model_is_whole_or_not_there(tmp_path, model_folder):
         assert (tmp_path / "model").exists() == old
         common.save_model(args, tokenizer, [[1]], weights, tmp_path / "model")
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("model")) == ["model"]
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_one_line(tmp_path, monkeypatch, capsys):
+    write, calls = LocalFileSystem._write, []
+
+    def full(self, filename, *rest):
+        calls.append(filename)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        write(self, filename, *rest)
+
+    monkeypatch.setattr(LocalFileSystem, "_write", full)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with pytest.raises(SystemExit):
+        run_main(reinforce_lm, *FEW[2:], "--total-episodes", 3200, "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("iteration ")]
+    assert lines == [f"error: [Errno 28] No space left on device ({run_dir})"]
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
