@@ -650,7 +650,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_line(tmp_path, monkeypatch, 
         write(self, filename, *rest)
 
     monkeypatch.setattr(LocalFileSystem, "_write", full)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
     with pytest.raises(SystemExit):
         run_main(reinforce_lm, *FEW[2:], "--total-episodes", 3200, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()
