@@ -1,6 +1,6 @@
 """PPO for language models, in one file. Copy it with common.py into your project.
 
-    python ppo_lm.py                                            # laptop CPU, 90 seconds: learns to sort digits
+    python ppo_lm.py                                            # laptop CPU, two minutes: learns to sort digits
     python ppo_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function                   # a pretrained model
     torchrun --nproc-per-node 8 ppo_lm.py --model DIR ...                                         # on eight GPUs
 
@@ -71,7 +71,7 @@ class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
-    """rank of LoRA adapters on all linear layers (pip install peft), with ten times the learning rates; 0 for none"""
+    """rank of LoRA adapters on all linear layers but the head (pip install peft), at ten times the rates; 0 for none"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -60,7 +60,7 @@ class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
-    """rank of LoRA adapters on all linear layers (pip install peft), with ten times the learning rates; 0 for none"""
+    """rank of LoRA adapters on all linear layers but the head (pip install peft), at ten times the rates; 0 for none"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -344,6 +344,7 @@ def main(args, checkpoint=None):
             mask = response_mask[inds]  # (b, R)
             inputs = sequences[inds], attention_mask[inds]  # (b, P+R), (b, P+R)
             new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
+            entropy = entropy.detach()  # logged only: its graph is freed before the backward pass
             loss = policy_gradient_loss(new_logprobs, advantages[inds], mask, args.batch_size)
             loss.backward()  # (4): backpropagation turns log pi into grad log pi
             losses.append(loss.detach())

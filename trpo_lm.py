@@ -1,6 +1,6 @@
 """TRPO for language models, in one file. Copy it with common.py into your project.
 
-    python trpo_lm.py                                           # laptop CPU, two minutes: learns to sort digits
+    python trpo_lm.py                                           # laptop CPU, three minutes: learns to sort digits
     python trpo_lm.py --model DIR --dataset FILE.jsonl --reward FILE.py:function                  # a pretrained model
     torchrun --nproc-per-node 8 trpo_lm.py --model DIR ...                                        # on eight GPUs
 
@@ -78,7 +78,7 @@ class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
-    """rank of LoRA adapters on all linear layers (pip install peft), with ten times the learning rates; 0 for none"""
+    """rank of LoRA adapters on all linear layers but the head (pip install peft), at ten times the rates; 0 for none"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -318,6 +318,7 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
         new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
+        entropy = entropy.detach()  # logged only: its graph is freed before the backward pass
         ratio = (new_logprobs - new_logprobs.detach()).exp()  # (b, R), all 1
         ((ratio * advantages[inds]).where(mask, 0.0).sum() / num_tokens).backward()
         gap = (new_logprobs - sampler_logprobs[inds]).abs()  # (b, R)
