@@ -118,6 +118,8 @@ def one_line_errors():
         line, code = f"stopped; --resume {run_dir_of(error)} goes on from the last checkpoint", 130
     else:
         return
+    finally:
+        threading.excepthook = hook
     show(" ".join(line.split()), sys.stderr)
     sys.exit(code)
 
@@ -319,11 +321,7 @@ def means_over_ranks(sums, count):
 
 def clip_gradients(network, max_grad_norm):
     """Clip the norm of the gradients in place to `max_grad_norm`, and return the norm before clipping."""
-    trained = list(trained_parameters(network).values())
-    for parameter in trained:
-        if parameter.grad is None:  # an expert that no token was routed to
-            parameter.grad = torch.zeros_like(parameter)
-    norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters_with_gradients(network), max_grad_norm)).item()
     name, expected = f"gradient of the {type(network).__name__}", "finite; try a lower learning rate, or --reward-clip"
     require(math.isfinite(norm), name, expected, norm)
     return norm
@@ -463,6 +461,15 @@ def trained_parameters(network):
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
+def parameters_with_gradients(network):
+    """The trained parameters, in order; one without a gradient, an expert that no token was routed to, gets zeros."""
+    trained = list(trained_parameters(network).values())
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return trained
+
+
 def copy_network(network, dtype=None):
     """A copy that shares the frozen parameters, by deepcopy's memo: with adapters the base, else none.
 
@@ -506,6 +513,14 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(part, parameter):
+    """The whole tensor of which `part` is this rank's, if it is spread over ranks like `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return part
+    layout = dict(shape=parameter.shape, stride=parameter.stride(), run_check=False)
+    return whole(DTensor.from_local(part, parameter.device_mesh, parameter.placements, **layout))
+
+
 def local(tensor):
     """This rank's part of a tensor that is spread over ranks, a view. Other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -539,7 +554,7 @@ def checkpoint_activations(network):
 def whole_weights(sampler, policy):
     """Inside, the sampler has the policy's weights, whole on each rank and in its own precision, and outside none.
 
-    All ranks have to call this. A sampler that is the policy, or shares frozen parameters with it, keeps them.
+    All ranks have to call this. Frozen parameters, and a sampler that is the policy, stay as they are.
     """
     copies, copied = dict(zip(policy.modules(), sampler.modules())), []
     for module in shards(policy):
@@ -547,7 +562,7 @@ def whole_weights(sampler, policy):
         if is_shard:
             module.unshard()
         for new, old in zip(module.parameters(), copies[module].parameters()):
-            if new is not old and not isinstance(new, DTensor):  # not another module's to gather
+            if new.requires_grad and new is not old and not isinstance(new, DTensor):  # not another module's to gather
                 old.data = new.to(old.dtype, copy=True)
                 copied.append(old)
         if is_shard:
@@ -575,10 +590,7 @@ def replaced_parameters(network, tensors, replace):
     def enter(shard, inputs):
         for module, name, parameter, tensor in places:
             if shard_of[module] is shard:
-                if isinstance(parameter, DTensor):
-                    layout = dict(shape=parameter.shape, stride=parameter.stride(), run_check=False)
-                    tensor = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, **layout)
-                module._parameters[name] = replace(module._parameters[name].detach(), whole(tensor))
+                module._parameters[name] = replace(module._parameters[name].detach(), gathered(tensor, parameter))
 
     def leave(shard, inputs, output):
         for module, name, parameter, _ in places:
@@ -1034,10 +1046,8 @@ class Decoder:
         self.tokens.copy_(tokens)
         self.positions += 1
         self.length += 1
-        on_cuda, steps_left = (
-            tokens.device.type == "cuda",
-            self.attention_mask.shape[1] - self.length,
-        )  # this one included
+        on_cuda = tokens.device.type == "cuda"
+        steps_left = self.attention_mask.shape[1] - self.length  # this one included
         if self.fixed_size and on_cuda and (self.graph or steps_left >= MIN_REPLAYS):
             self.graph = self.graph or self.capture()
             self.graph.replay()  # writes to self.logits

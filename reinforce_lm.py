@@ -235,6 +235,8 @@ def main(args, checkpoint=None):
     carried = {"kl_coef": args.kl_coef, "ema_baseline": None}  # and what goes from one iteration to the next
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
+    origin = {"script": script, "args": asdict(args), "world_size": world_size}  # what a resumed run is compared with
+    origin["data"] = common.digest(train_prompts, eval_prompts)
     first_iteration = 1
     if checkpoint:
         for name, parts in trained.items():
@@ -371,17 +373,16 @@ def main(args, checkpoint=None):
             carried["after"] = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
             state = {name: common.gather_state(*parts) for name, parts in trained.items()}
-            data = common.digest(train_prompts, eval_prompts)
-            state |= {"script": script, "args": asdict(args), "world_size": world_size, "data": data}
             if rank == 0:
-                common.save_checkpoint(run_dir, iteration, state | {"iteration": iteration, "carried": carried})
+                state |= origin | {"iteration": iteration, "carried": carried}
+                common.save_checkpoint(run_dir, iteration, state)
             del state  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
-    weights = common.gather_state(policy)["weights"]
+    weights = common.gather_state(policy)["weights"] if num_iterations else None
     if rank == 0:
         writer.close()
-        if num_iterations:
+        if weights:
             common.save_model(args, tokenizer, train_prompts.ids + eval_prompts.ids, weights, f"{run_dir}/model")
         facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
         common.show_summary(run_dir, carried["before"], carried["after"], facts)

@@ -59,14 +59,8 @@ def statistics():
 
 def gathered(vector, policy):
     """The (D,) vector of which TRPO holds a part on each rank."""
-    pieces = []
-    for name, piece in trpo_lm.unflatten(vector, policy).items():
-        parameter = policy.get_parameter(name)
-        if isinstance(parameter, DTensor):
-            layout = dict(shape=parameter.shape, stride=parameter.stride())
-            piece = DTensor.from_local(piece, parameter.device_mesh, parameter.placements, **layout).full_tensor()
-        pieces.append(piece.flatten())
-    return torch.cat(pieces)
+    pieces = trpo_lm.unflatten(vector, policy).items()
+    return torch.cat([common.gathered(piece, policy.get_parameter(name)).flatten() for name, piece in pieces])
 
 
 def train(run, runs_dir):

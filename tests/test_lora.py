@@ -70,6 +70,8 @@ def test_the_base_is_shared_and_stays_what_it_was(script, dtype, tmp_path, model
     assert len(samplers) == (dtype == "bfloat16")
     for sampler in samplers:
         assert all(sampler.get_parameter(name) is p for name, p in frozen.items() if p.dtype == torch.bfloat16)
+        assert all(torch.equal(sampler.get_parameter(name), p.bfloat16()) for name, p in frozen.items())
+        assert not any(p.numel() for name, p in sampler.named_parameters() if name not in frozen)
     for optimizer in optimizers:
         assert {id(p) for p in optimizer.state} <= {id(p) for n in networks for p in n.parameters() if p.requires_grad}
     (run_dir,) = (tmp_path / "runs").iterdir()
