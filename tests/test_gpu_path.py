@@ -9,9 +9,11 @@ from test_runs import scalars
 
 SIZES = ["--batch-size", 16, "--micro-batch-size", 8, "--rollout-batch-size", 8]
 SIZES += ["--response-length", 24, "--eval-size", 4, "--temperature", 0.8, "--device", "pretend"]
+GREEDY = ["--baseline", "greedy", "--kl-target", 3]
+PENALTY = ["--surrogate", "kl_penalty", "--activation-checkpointing"]
 CASES = [  # script, model, flags, largest gap
-    ("reinforce_lm", "gpt2", ["--total-episodes", 32, "--baseline", "greedy", "--response-length", 22], 1e-5),
-    ("ppo_lm", "qwen3", ["--total-episodes", 16, "--dtype", "bfloat16", "--target-kl", 0.01], 0.1),
+    ("reinforce_lm", "gpt2", ["--total-episodes", 32, *GREEDY, "--response-length", 22], 1e-5),
+    ("ppo_lm", "qwen3", ["--total-episodes", 16, "--dtype", "bfloat16", "--target-kl", 0.01, *PENALTY], 0.1),
     ("trpo_lm", "qwen2", ["--total-episodes", 16, "--truncation", "bootstrap", "--fvp-fraction", 0.5], 1e-5),
 ]
 

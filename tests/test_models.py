@@ -224,7 +224,7 @@ def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch,
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend=backend))
     folder = model_folder("gpt2", pad_token_id=0, n_layer=1)
-    flags = ["--model", folder, "--total-episodes", 32, "--response-length", 1]  # or each length is compiled anew
+    flags = ["--model", folder, "--total-episodes", 32, "--response-length", 2]  # each length is compiled anew
     flags += [] if script == "reinforce_lm" else ["--num-minibatches", 1, "--update-epochs", 1, "--kl-coef", 0]
     plain, count = gradients(script, tmp_path, *flags), len(compiled)
     steps = gradients(script, tmp_path, *flags, "--compile")
