@@ -183,7 +183,7 @@ def test_flags_in_the_docs_exist():
     flags = {common.flag(name) for names in FLAGS.values() for name in names}
     flags |= {"--no-" + flag[2:] for flag in flags}
     for script in (ROOT / "benchmark").glob("*.py"):
-        flags |= {common.flag(name) for name in re.findall(r"^    (\w+): \w+ = ", script.read_text(), re.M)}
+        flags |= {common.flag(name) for name in re.findall(r"^    (\w+): .+ = ", script.read_text(), re.M)}
     flags |= {"--help", "--logdir", "--nproc-per-node", "--nnodes"}
     flags |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
     for name, text in DOCS.items():
