@@ -27,6 +27,7 @@ Nothing compares ids with the padding id, which may be the end token's:
 import ast
 import contextlib
 import copy
+import datetime
 import fcntl
 import functools
 import importlib.util
@@ -100,6 +101,9 @@ def blame(name):
         os.chdir(folder)
 
 
+run_dir = "RUN_DIR"  # for messages; `start_run` sets it
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """End the process with one line: exit code 2 for bad input, a failed write or a full GPU, 130 for Control-C."""
@@ -110,24 +114,18 @@ def one_line_errors():
     except InputError as error:
         line, code = f"error: {error}", 2
     except OSError as error:
-        line, code = f"error: {error} ({run_dir_of(error)})", 2
+        line, code = f"error: {error} ({run_dir})", 2
     except torch.OutOfMemoryError as error:
         bounds = "--micro-batch-size, --rollout-batch-size, --activation-checkpointing and --lora-rank"
         line, code = f"error: out of memory, which {bounds} bound: {error}", 2
-    except KeyboardInterrupt as error:
-        line, code = f"stopped; --resume {run_dir_of(error)} goes on from the last checkpoint", 130
+    except KeyboardInterrupt:
+        line, code = f"stopped; --resume {run_dir} goes on from the last checkpoint", 130
     else:
         return
     finally:
         threading.excepthook = hook
     show(" ".join(line.split()), sys.stderr)
     sys.exit(code)
-
-
-def run_dir_of(error):
-    """The run directory of the `main` that an error left."""
-    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((names["run_dir"] for names in frames if "run_dir" in names), "RUN_DIR")
 
 
 def show(line, file=None, end="\n"):
@@ -154,7 +152,7 @@ def shorten(value, length=60):
 Number = TypeVar("Number", int, float)
 Positive = Annotated[Number, ("a positive number", lambda x: x > 0)]
 NonNegative = Annotated[Number, ("0 or more", lambda x: x >= 0)]
-Fraction = Annotated[Number, ("more than 0 and at most 1", lambda x: 0 < x <= 1)]
+UpToOne = Annotated[Number, ("more than 0 and at most 1", lambda x: 0 < x <= 1)]
 ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 # Where a group of --help begins: the first field of Args in it -> its title.
@@ -202,7 +200,8 @@ def parse_flags(args_class, tiny, argv=None):
     elif args.lora_rank:  # adapters take about ten times the rates of full training (Schulman et al. 2025)
         defaults = {name: 10 * x if name.endswith("learning_rate") else x for name, x in defaults.items()}
     args = parse(args_class, argv, args_class(**defaults), description)
-    if args.resume and (".py:" in args.reward or args.trust_remote_code):
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and args.resume and (".py:" in args.reward or args.trust_remote_code):
         show(f"--resume runs code: --reward {args.reward}, --trust-remote-code {args.trust_remote_code}", sys.stderr)
     return args, checkpoint
 
@@ -256,7 +255,8 @@ def start_ranks(device):
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        # The other ranks wait while rank 0 writes a checkpoint, and for the slowest reward.
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=2))
     return rank, world_size, torch.device(device)
 
 
@@ -333,6 +333,7 @@ def start_run(script, args, episode):
     episode: number of episodes that are done; what a resumed run had logged after it is dropped.
     """
     parts = [script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")]
+    global run_dir
     run_dir = args.resume or str(Path(args.output_dir, f"{'__'.join(map(str, parts))}-{os.getpid()}"))
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     lock = open(Path(run_dir, "lock"), "w")
@@ -499,7 +500,7 @@ def prepare(network, device, args):
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in [*layers, network]:
+    for module in [*reversed(layers), network]:  # a layer inside another one first
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=base)
         # Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
@@ -894,6 +895,9 @@ def encode_prompts(tokenizer, rows, prompt_length):
     kinds = {type(text) for text in texts}
     require(len(kinds) == 1, "prompts", "texts, or lists of messages, and not both", kinds)
     require(kinds == {str} or tokenizer.chat_template, "--model", "a chat template, since prompts are messages", None)
+    for number, text in enumerate(texts, 1):  # before megabytes become gigabytes of tokens
+        where, limit = f"--prompt-length, row {number} ({shorten(text)})", 100 * prompt_length
+        require(len(str(text)) <= limit, where, f"at most {limit:,} characters", f"{len(str(text)):,}")
     with blame("prompts: a character that the tokenizer of --model does not know"):
         ids = tokenizer(texts).input_ids if kinds == {str} else [None] * len(texts)
     for number, text in enumerate(texts):

@@ -59,7 +59,7 @@ from pathlib import Path
 from typing import Literal
 
 import common
-from common import Fraction, NonNegative, Positive, ZeroToOne, all_reduce, make_generator
+from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_generator
 
 import torch
 import torch.distributed as dist
@@ -132,7 +132,7 @@ class Args:
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
-    gamma: Fraction[float] = 1.0
+    gamma: UpToOne[float] = 1.0
     """discount per token"""
 
     # ===== Arguments (algorithm) =====
@@ -150,7 +150,7 @@ class Args:
     """minibatches, and so optimizer steps, per pass"""
     surrogate: Literal["clip", "kl_penalty"] = "clip"
     """clipped surrogate (6) or penalized surrogate (7)"""
-    clip_coef: Fraction[float] = 0.2
+    clip_coef: UpToOne[float] = 0.2
     """eps, clip range of the ratio"""
     clip_coef_high: NonNegative[float] = 0.0
     """eps_high, clip range above 1 if it is to differ from --clip-coef; 0 for the same"""

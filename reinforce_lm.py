@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Literal
 
 import common
-from common import Fraction, NonNegative, Positive, ZeroToOne, all_reduce, make_generator
+from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_generator
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,7 @@ class Args:
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
-    gamma: Fraction[float] = 1.0
+    gamma: UpToOne[float] = 1.0
     """discount per token"""
 
     # ===== Arguments (algorithm) =====

@@ -66,7 +66,7 @@ from pathlib import Path
 from typing import Literal
 
 import common
-from common import Fraction, NonNegative, Positive, ZeroToOne, all_reduce, make_generator
+from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_generator
 
 import torch
 import torch.distributed as dist
@@ -139,7 +139,7 @@ class Args:
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
-    gamma: Fraction[float] = 1.0
+    gamma: UpToOne[float] = 1.0
     """discount per token"""
 
     # ===== Arguments (algorithm) =====
@@ -153,13 +153,13 @@ class Args:
     """damping, in units of the curvature along the gradient"""
     cg_tol: NonNegative[float] = 0.05
     """norm of the residual, relative to the gradient's, at which conjugate gradient ends"""
-    fvp_fraction: Fraction[float] = 0.1
+    fvp_fraction: UpToOne[float] = 0.1
     """fraction of the batch's responses in the Fisher-vector products"""
-    backtrack_coeff: Fraction[float] = 0.7
+    backtrack_coeff: UpToOne[float] = 0.7
     """c, factor by which a rejected step is shortened"""
     backtrack_iters: Positive[int] = 10
     """maximum number of steps that are tried"""
-    accept_ratio: Fraction[float] = 0.1
+    accept_ratio: UpToOne[float] = 0.1
     """a, fraction of the predicted gain that a step has to reach"""
     critic_learning_rate: Positive[float] = 1e-5
     """learning rate of the critic's Adam"""
@@ -341,6 +341,7 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args):
         p = logits.softmax(-1)  # (b, r, V)
         change = p * (change - (p * change).sum(-1, keepdim=True))  # (b, r, V), (diag p - p p') J v
         change = change.where(mask[:, : p.shape[1], None], 0.0) / num_tokens
+        del logits, p  # as large as what the pass below keeps
         with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
             common.response_logits(policy, *inputs, args).backward(change)
     return take_gradient(policy)  # (8)
