@@ -753,7 +753,7 @@ def autocast(device, args):
 
 
 def response_logits(model, sequences, attention_mask, args):
-    """Logits of the responses, divided by the sampling temperature: (b, P+R), (b, P+R) -> (b, r, V).
+    """Logits of the responses, at temperature 1: (b, P+R), (b, P+R) -> (b, r, V).
 
     For each response token given what stands before it, up to r, the longest response of these rows.
     """
@@ -762,13 +762,17 @@ def response_logits(model, sequences, attention_mask, args):
         prompt_pass = functools.partial(model, logits_to_keep=1)
         # The last token is only predicted.
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
-        logits = model(**inputs, logits_to_keep=length).logits
-    if args.temperature == 1:
-        return logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / args.temperature
+        return model(**inputs, logits_to_keep=length).logits
 
 
-def token_statistics(logits, tokens):
+def tempered_log_softmax(logits, temperature):
+    """log_softmax(logits / temperature) over the vocabulary, in float32 at least, of the sampler and of the loss."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits if temperature == 1 else logits.to(dtype) / temperature
+    return logits.log_softmax(-1, dtype=dtype)
+
+
+def token_statistics(logits, tokens, temperature):
     """Log-probability of each token and entropy of its distribution: (b, r, V), (b, R) -> (b, R), (b, R), 0 after r.
 
     Large logits are taken a few rows at a time and again in the backward pass, so that only they are kept for it, in
@@ -776,7 +780,7 @@ def token_statistics(logits, tokens):
     """
 
     def of_rows(logits, tokens):  # (n, V), (n,) -> (n,), (n,)
-        log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        log_p = tempered_log_softmax(logits, temperature)
         return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     length = logits.shape[1]
@@ -798,7 +802,7 @@ def policy_logprobs(model, sequences, attention_mask, args):
     reference. So the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
     """
     logits = response_logits(model, sequences, attention_mask, args)  # (b, r, V)
-    return token_statistics(logits, sequences[:, -args.response_length :])
+    return token_statistics(logits, sequences[:, -args.response_length :], args.temperature)
 
 
 @torch.no_grad()
@@ -982,7 +986,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         rows = torch.arange(len(responses), device=chunk.device)  # (b,), those that have not ended
         ended = torch.zeros_like(rows, dtype=torch.bool)  # (b,)
         for t in range(args.response_length):
-            step_logprobs = (decoder.logits.float() / args.temperature).log_softmax(-1)  # (b, V)
+            step_logprobs = tempered_log_softmax(decoder.logits, args.temperature)  # (b, V)
             if greedy:
                 tokens = step_logprobs.argmax(-1, keepdim=True)  # (b, 1)
             else:  # exponential race (the Gumbel-max trick): argmax p_i / q_i is i with probability p_i

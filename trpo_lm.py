@@ -328,7 +328,7 @@ def jacobian_vector_product(policy, vector, inputs, args):
     forward_ad, tangents = torch.autograd.forward_ad, unflatten(vector, policy)
     with forward_ad.dual_level(), torch.no_grad(), plain_attention(), common.blame("--model: no forward mode"):
         with common.replaced_parameters(policy, tangents, forward_ad.make_dual):
-            return forward_ad.unpack_dual(common.response_logits(policy, *inputs, args))
+            return forward_ad.unpack_dual(common.response_logits(policy, *inputs, args) / args.temperature)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -343,7 +343,7 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args):
         change = change.where(mask[:, : p.shape[1], None], 0.0) / num_tokens
         del logits, p  # as large as what the pass below keeps
         with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
-            common.response_logits(policy, *inputs, args).backward(change)
+            (common.response_logits(policy, *inputs, args) / args.temperature).backward(change)
     return take_gradient(policy)  # (8)
 
 
@@ -388,9 +388,9 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
     return x, damping, relative_residual, iteration
 
 
-def exact_kl(old_logits, new_logits):
+def exact_kl(old_logits, new_logits, temperature):
     """KL(old || new) of each token over the whole vocabulary: (b, r, V), (b, r, V) -> (b, r)."""
-    old, new = old_logits.log_softmax(-1), new_logits.log_softmax(-1)
+    old, new = [common.tempered_log_softmax(logits, temperature) for logits in (old_logits, new_logits)]
     return (old.exp() * (old - new)).sum(-1)
 
 
@@ -407,9 +407,11 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
         with common.replaced_parameters(policy, old_parameters, lambda new, old: old):
             old_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
         new_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
-        new_logprobs, old_logprobs = [common.token_statistics(z, tokens)[0] for z in (new_logits, old_logits)]  # (b, R)
+        new_logprobs, old_logprobs = [
+            common.token_statistics(z, tokens, args.temperature)[0] for z in (new_logits, old_logits)
+        ]  # (b, R)
         gain = ((new_logprobs - old_logprobs).exp() - 1) * advantages[inds]  # (b, R)
-        common.add_sums(sums, mask, {"gain": gain, "kl": exact_kl(old_logits, new_logits)})
+        common.add_sums(sums, mask, {"gain": gain, "kl": exact_kl(old_logits, new_logits, args.temperature)})
     return tuple(common.means_over_ranks(sums, num_tokens).values())  # (6)
 
 

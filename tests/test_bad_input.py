@@ -139,6 +139,11 @@ def lines(*rows):
             ["--prompt-length", 3],
             ["row 2", "1 to 3 tokens", "4"],
         ),
+        (
+            lines(GOOD_ROW, {"prompt": "ab" * 151, "reference": "b"}),  # not tokenized
+            ["--prompt-length", 3],
+            ["row 2", "at most 300 characters", "302"],
+        ),
     ],
 )
 def test_bad_data(text, flags, parts, tmp_path, capsys, monkeypatch):

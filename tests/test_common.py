@@ -374,7 +374,7 @@ def test_lines_never_end_a_run(tmp_path):
 def test_log_probabilities_of_bfloat16_logits_are_computed_in_float32():
     logits = 4 * torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
     tokens, exact = torch.tensor([[1, 2, 3], [4, 5, 6]]), logits.bfloat16().double().log_softmax(-1)
-    logprobs, entropy = common.token_statistics(logits.bfloat16(), tokens)
+    logprobs, entropy = common.token_statistics(logits.bfloat16(), tokens, 1.0)
     torch.testing.assert_close(logprobs.double(), exact.gather(2, tokens[..., None])[..., 0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-5, atol=1e-6)
 

@@ -95,7 +95,8 @@ def test_the_sampled_penalty_has_the_value_and_the_gradient_of_the_exact_kl():
     logratio = logprobs - old_logprobs
     sampled = (probabilities[:, None] * (logratio.exp() - 1 - logratio)).where(MASK, 0.0).sum()
     old_logits, new_logits = [
-        common.response_logits(model, case.sequences, case.attention_mask, case.args) for model in (old, case.policy)
+        common.response_logits(model, case.sequences, case.attention_mask, case.args) / case.args.temperature
+        for model in (old, case.policy)
     ]
     categorical = torch.distributions.Categorical
     kl = torch.distributions.kl_divergence(categorical(logits=old_logits.detach()), categorical(logits=new_logits))

@@ -104,7 +104,7 @@ def test_the_end_token_gets_gradient_and_what_follows_gets_none():
     case = Enumerated()
     logits = response_logits(case.policy, case.sequences, case.attention_mask, case.args)
     logits = logits.detach().requires_grad_()
-    logprobs, _ = common.token_statistics(logits, RESPONSES)
+    logprobs, _ = common.token_statistics(logits, RESPONSES, case.args.temperature)
     policy_gradient_loss(logprobs, torch.ones(7, 2), MASK, 7).backward()
     assert (logits.grad[1, 1, 0] < 0) and (logits.grad[0, 0, 0] < 0)  # [1, end] and [end]: the end becomes more likely
     assert (logits.grad[0, 1] == 0).all()  # after [end]
@@ -153,40 +153,41 @@ def test_whitening():
     assert (whiten(values, mask)[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("vocab_size", [7, 2**21], ids=["one piece", "several pieces"])
-def test_token_statistics_and_their_gradient_are_those_of_autograd(vocab_size):
+@pytest.mark.parametrize("vocab_size, temperature", [(7, 1.0), (7, 0.7), (2**21, 0.7)])  # the last in several pieces
+def test_token_statistics_and_their_gradient_are_those_of_autograd(vocab_size, temperature):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2, 3, vocab_size, generator=generator, dtype=torch.float64)
     logits.requires_grad_()
     tokens = torch.randint(vocab_size, (2, 3), generator=generator)
     weights = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
-    categorical = torch.distributions.Categorical(logits=logits)
+    categorical = torch.distributions.Categorical(logits=logits / temperature)
     expected = torch.stack([categorical.log_prob(tokens), categorical.entropy()])
-    found = torch.stack(common.token_statistics(logits, tokens))
+    found = torch.stack(common.token_statistics(logits, tokens, temperature))
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
     torch.testing.assert_close(gradient, torch.autograd.grad((weights * expected).sum(), logits)[0])
 
 
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_no_second_tensor_of_logits_is_kept_for_the_backward_pass(temperature):
+def test_no_second_tensor_of_logits_is_kept_for_the_backward_pass(temperature, dtype, size):
     model, kept = tiny_model("llama", vocab_size=2**20), []  # four rows to a piece
     sequences = torch.ones(4, 8, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         logprobs, entropy = policy_logprobs(
-            model, sequences, sequences.bool(), Args(dtype="float32", response_length=3, temperature=temperature)
+            model, sequences, sequences.bool(), Args(dtype=dtype, response_length=3, temperature=temperature)
         )
     assert logprobs.requires_grad and entropy.requires_grad
-    own = model.get_output_embeddings().weight.data_ptr()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.shape[-1] == 2**20}
-    storages.pop(own, None)
-    assert list(storages.values()) == [4 * 3 * 2**20 * 4], "one tensor, and of no other position"
+    of_head = model.config.hidden_size, 2**20  # the shape of its weights, transposed
+    logits = [t.untyped_storage() for t in kept if t.shape[-1] == 2**20 and t.shape != of_head]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in logits}
+    assert list(storages.values()) == [4 * 3 * 2**20 * size], "one tensor, and of no other position"
 
 
 def test_bfloat16_logits_are_scored_in_float32():
     logits = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     tokens = torch.arange(6).view(2, 3)
-    logprobs, entropy = common.token_statistics(logits, tokens)
+    logprobs, entropy = common.token_statistics(logits, tokens, 1.0)
     categorical = torch.distributions.Categorical(logits=logits.float())
     torch.testing.assert_close(logprobs, categorical.log_prob(tokens))
     torch.testing.assert_close(entropy, categorical.entropy())

@@ -56,7 +56,8 @@ class Batch:
         return trpo_lm.fisher_quadratic_form(vector, self.policy, *inputs)
 
     def logits(self):
-        return common.response_logits(self.policy, *self.batch[:2], self.args)[self.response_mask]  # (T, V)
+        logits = common.response_logits(self.policy, *self.batch[:2], self.args)
+        return logits[self.response_mask] / self.args.temperature  # (T, V)
 
     def dense_fisher(self):
         """Mean over tokens of sum_a p(a) grad log p(a) grad log p(a)', from one gradient for each token and action."""
@@ -93,7 +94,7 @@ def test_fisher_products_are_the_double_backward_of_the_kl():
     case = Batch()
     parameters, v = list(case.policy.parameters()), case.vector(1)
     logits = case.logits()
-    kl = trpo_lm.exact_kl(logits.detach(), logits).mean()
+    kl = trpo_lm.exact_kl(logits.detach(), logits, 1.0).mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(kl, parameters, create_graph=True)])
     assert gradient.norm() < 1e-12  # the old policy is the minimum
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(gradient @ v, parameters)])
