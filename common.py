@@ -491,7 +491,10 @@ def prepare(network, device, args):
     if args.activation_checkpointing:
         checkpoint_activations(network)
     if args.compile:  # of a critic, the layers
-        next(module for module in network.modules() if isinstance(module, transformers.PreTrainedModel)).compile()
+        # For any width at once, but policy and reference, prompts and responses, with and without gradient each count.
+        torch._dynamo.config.recompile_limit = 64
+        model = next(module for module in network.modules() if isinstance(module, transformers.PreTrainedModel))
+        model.compile(dynamic=True)
     # A frozen base of adapters is whole on each rank.
     base = {p for p in network.parameters() if not p.requires_grad} if args.lora_rank else set()
     if not dist.is_initialized() or len(base) == len(list(network.parameters())):

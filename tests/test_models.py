@@ -224,13 +224,41 @@ def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch,
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile, backend=backend))
     folder = model_folder("gpt2", pad_token_id=0, n_layer=1)
-    flags = ["--model", folder, "--total-episodes", 32, "--response-length", 2]  # each length is compiled anew
+    flags = ["--model", folder, "--total-episodes", 32, "--response-length", 2]
     flags += [] if script == "reinforce_lm" else ["--num-minibatches", 1, "--update-epochs", 1, "--kl-coef", 0]
     plain, count = gradients(script, tmp_path, *flags), len(compiled)
     steps = gradients(script, tmp_path, *flags, "--compile")
     assert count == 0 and len(compiled) > 0
     for step, expected in zip(steps, plain, strict=True):
         torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_passes_serve_any_width(monkeypatch):
+    """Policy and reference, with and without gradient, prompts shared and distinct, at changing widths."""
+    torch.compiler.reset()
+    compiled, compile = [], torch.nn.Module.compile
+    counting = functools.partialmethod(compile, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(torch.nn.Module, "compile", counting)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(common, "MIN_SAVED_TOKENS", 0)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # puts it back
+    args = Args(dtype="float32", response_length=9, compile=True)
+    model = tiny_model("gpt2", n_layer=1, n_positions=64)
+    policy = common.prepare(common.copy_network(model), torch.device("cpu"), args)
+    reference = common.prepare(common.copy_network(model).requires_grad_(False), torch.device("cpu"), args)
+    counts = []
+    for length, response, distinct in [(12, 9, 4), (20, 7, 2), (17, 6, 4), (40, 9, 2)]:
+        prompts = torch.randint(1, 10, (distinct, length)).repeat_interleave(4 // distinct, 0)
+        mask = (torch.arange(length + 9) < length + response).expand(4, -1)
+        batch = torch.cat([prompts, torch.randint(1, 10, (4, 9))], 1), mask, args
+        logprobs, _ = common.policy_logprobs(policy, *batch)
+        logprobs.sum().backward()
+        torch.testing.assert_close(logprobs, common.policy_logprobs(model, *batch)[0])
+        with torch.no_grad():
+            for network in (policy, reference):
+                torch.testing.assert_close(logprobs, common.policy_logprobs(network, *batch)[0])
+        counts.append(len(compiled))
+    assert counts[0] > 0 and counts[1:] == [counts[1]] * 3
 
 
 def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path, capsys):
