@@ -4,7 +4,8 @@
     python benchmark/throughput.py                                   # all of it, a quarter of an hour on two cores
     python benchmark/throughput.py --sections rollout --rollout-model DIR
     python benchmark/throughput.py --sections scripts --rollout-model DIR --updates 2 --warmup 1
-    python benchmark/throughput.py --sections gpu --shape 1.5B       # on a GPU
+    python benchmark/throughput.py --sections gpu --gpu-parts card correctness rollout update       # on a GPU
+    python benchmark/throughput.py --sections gpu --gpu-parts compile scripts trl
     python benchmark/throughput.py --sections gpu --shape tiny --device cpu --gpu-prompts 4 --gpu-length 8 \\
         --micro-batch-size 8                                         # tries the code of the section `gpu` without one
 
@@ -17,14 +18,12 @@ An update is timed from the end of the one before to its own end, with everythin
 import argparse
 import contextlib
 import cProfile
-import gc
 import importlib
 import importlib.util
 import io
 import json
 import os
 import pstats
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,13 +51,7 @@ from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
-QWEN2_SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, tied embeddings
-    "tiny": (64, 2, 4, 2, 128, 512, True),
-    "0.5B": (896, 24, 14, 2, 4864, 151_936, True),
-    "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
-    "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
-}
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # floating-point operations per second, dense
+Part = Literal["card", "correctness", "rollout", "update", "compile", "scripts", "trl"]
 Section = Literal["trl", "long", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
 
 
@@ -94,11 +87,15 @@ class Args:
     """gpu: shape of the model, that of a Qwen2.5 with random weights; tiny is for trying the code"""
     device: Literal["cuda", "cpu"] = "cuda"
     """gpu: where it runs; cpu is for trying the code with --shape tiny"""
-    gpu_prompts: int = 64
-    """gpu: prompts of 64 tokens, with 8 responses each"""
+    gpu_prompts: int = 32
+    """gpu: prompts of 16 to 64 tokens, with 8 responses each"""
     gpu_length: int = 256
-    """gpu: tokens of a response"""
-    gpu_updates: int = 4
+    """gpu: tokens of the longest response"""
+    gpu_parts: tuple[Part, ...] = get_args(Part)
+    """gpu: what to measure; the first four and the other three take less than eight minutes each"""
+    gpu_timeout: float = 180.0
+    """gpu: seconds after which a run of a script is given up"""
+    gpu_updates: int = 2
     """gpu: updates of each script, the first of which is not timed"""
     micro_batch_size: int = 16
     """gpu: responses per forward and backward pass of the scripts"""
@@ -109,7 +106,7 @@ def parse_args():
     with common.one_line_errors():
         args, require = tyro.cli(Args, description=__doc__), common.require
         sizes = ("rounds", "updates", "race_updates", "seeds", "eval_every", "rollout_responses", "rollout_length")
-        for name in (*sizes, "cap", "target", "gpu_prompts", "gpu_length", "micro_batch_size"):
+        for name in (*sizes, "cap", "target", "gpu_prompts", "gpu_length", "gpu_timeout", "micro_batch_size"):
             require(getattr(args, name) > 0, common.flag(name), "a positive number", getattr(args, name))
         require(args.warmup >= 0, "--warmup", "0 or more", args.warmup)
         require(args.target <= 1, "--target", "at most 1", args.target)
@@ -132,12 +129,14 @@ def parse_args():
 WITH_PEAK = """
 import runpy, sys, torch
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("peak", torch.cuda.max_memory_allocated())
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("peak", torch.cuda.max_memory_allocated())
 """
 
 
-def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=None, **flags):
+def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=None, timeout=None, **flags):
     """Run a script in a process of its own, with flags by keyword, and read what it logged.
 
     Returns:
@@ -145,7 +144,8 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
         `iteration`, `rollout` (seconds) and `speed` (tokens per second); `exact` as {updates: exact match}; `model`, a
         folder; `peak`, bytes on the GPU.
     Raises:
-        RuntimeError: with the last line on standard error, if the script fails.
+        RuntimeError: with the last line on standard error and the peak on the GPU, if the script fails or takes longer
+            than `timeout` seconds.
     """
     folder = tempfile.mkdtemp(dir=scratch)
     flags = {"device": "cpu", "eval_every": 0, "save_every": 0, "output_dir": folder, "batch_size": batch_size} | flags
@@ -155,10 +155,15 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(ROOT / script), *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{script}: not done after {timeout:.0f} s") from None
+    peaks = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("peak ")]
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise RuntimeError(f"{script} {' '.join(command[-len(flags) :])}: {lines[-1][:300]}")
+        where = f"{script} {' '.join(command[-len(flags) :])}"
+        raise RuntimeError(f"{lines[-1][:300]} (peak {max(peaks, default=0) / 2**30:.1f} GiB, {where})")
     run_dir, events = read_events(folder)
     names = {"iteration": "iteration_seconds", "rollout": "rollout_seconds", "speed": "tokens_per_second"}
     run = {name: [event.value for event in events.Scalars(f"time/{tag}")] for name, tag in names.items()}
@@ -169,8 +174,7 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
     for event in logged:
         run["seconds"].append(event.wall_time - mark)
         mark = evaluations.get(event.step, event).wall_time
-    peak = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("peak ")]
-    return SimpleNamespace(**run, model=f"{run_dir}/model", peak=peak[0] if peak else 0)
+    return SimpleNamespace(**run, model=f"{run_dir}/model", peak=max(peaks, default=0))
 
 
 def read_events(folder):
@@ -619,7 +623,7 @@ def section_profile(args, scratch):
             parts["line search"] = share("trpo_lm.py:line_search")
             parts["forward passes of the critic's loss"] = share("trpo_lm.py:forward") - values
             parts["backward passes of the critic's loss"] = share("_tensor.py:backward")
-        parts["clipping and optimizers"] = share("common.py:sum_and_clip_gradients", "adamw.py:step")
+        parts["clipping and optimizers"] = share("common.py:clip_gradients", "adamw.py:step")
         parts["texts and rewards"] = share("common.py:decode", "common.py:score_responses")
         parts["all else"] = 100 - sum(parts.values())
         title = f"**profile**: `{name}.py`, default flags, {milliseconds:.0f} ms per update under the profiler"
@@ -639,98 +643,10 @@ def section_ranks(args, scratch):
     compare_runs("**ranks**: `reinforce_lm.py`, 256 responses per update in all", settings, args, scratch)
 
 
-# ===== gpu: a large model with random weights =====
-
-
-def qwen2_checkpoint(shape, scratch):
-    """Write a checkpoint of Qwen2 with random weights, and prompts of 64 digits.
-
-    Returns:
-        The model's folder and the file of prompts. The tokenizer is the tiny model's: it knows the first eleven ids,
-        and the text of the others is empty.
-    """
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    size = dict(zip((*names, "vocab_size", "tie_word_embeddings"), QWEN2_SHAPES[shape]))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint(scratch))
-    end = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    torch.manual_seed(1)
-    config = Qwen2Config(**size, **end, max_position_embeddings=4096)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f"{scratch}/qwen2")
-    tokenizer.save_pretrained(f"{scratch}/qwen2")
-    texts = ["".join(map(str, digits)) for digits in np.random.default_rng(1).integers(0, 10, (1024, 64))]
-    lines = [json.dumps({"prompt": text, "reference": text}) + "\n" for text in texts]
-    Path(scratch, "prompts.jsonl").write_text("".join(lines))
-    return f"{scratch}/qwen2", f"{scratch}/prompts.jsonl"
-
-
-def vllm_rows(folder, prompts, length, rounds):
-    """Rows of a table: tokens per second of vLLM, if it is installed."""
-    if importlib.util.find_spec("vllm") is None:
-        return [("vLLM", "not installed", "")]
-    from vllm import LLM, SamplingParams
-
-    sampling = SamplingParams(n=8, temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
-    inputs = [{"prompt_token_ids": ids} for ids in prompts.tolist()]
-    engines = []
-
-    def call():
-        if not engines:  # in the first call, which is not timed; what fails there becomes a row of the table
-            engines.append(LLM(folder, dtype="bfloat16", max_model_len=prompts.shape[1] + length))
-        outputs = engines[0].generate(inputs, sampling, use_tqdm=False)
-        return sum(len(response.token_ids) for output in outputs for response in output.outputs)
-
-    rows = speed_rows({"vLLM": call}, 8 * len(prompts) * length, rounds)
-    return [(name, speed, "") for name, speed, _ in rows]
-
-
 def section_gpu(args, scratch):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("\n**gpu**: needs a GPU, and there is none here (`--shape tiny --device cpu` tries the code)")
-        return
-    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = next((value for name, value in BF16_PEAK.items() if name in card), None)
-    folder, dataset = qwen2_checkpoint(args.shape, scratch)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device).eval()
-    num_parameters, num_responses = model.num_parameters(), 8 * args.gpu_prompts
-    prompts = torch.randint(0, model.config.vocab_size, (args.gpu_prompts, 64)).to(args.device)
-    rollout_rows = time_sampling(model, prompts, 8, args.gpu_length, args.rounds)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()  # the scripts are other processes, and need the memory
+    import gpu  # benchmark/gpu.py
 
-    rows = []
-    for script in SCRIPTS:
-        flags = dict(model=folder, dataset=dataset, dtype="bfloat16", device=args.device, samples_per_prompt=8)
-        flags |= dict(response_length=args.gpu_length, micro_batch_size=args.micro_batch_size)
-        flags |= dict(rollout_batch_size=num_responses, eval_size=8)
-        try:
-            run = run_script(script, scratch, num_responses, args.gpu_updates, **flags)
-        except RuntimeError as error:  # out of memory, say
-            rows.append((f"`{script}`", f"failed: {str(error).split(': ', 1)[1]}", *[""] * 5))
-            continue
-        shutil.rmtree(run.model)  # the disk may not hold three of them
-        rollout = median(run.rollout[1:])
-        update = median(whole - part for whole, part in zip(run.iteration[1:], run.rollout[1:]))
-        tokens = median(speed * seconds for speed, seconds in zip(run.speed[1:], run.iteration[1:]))
-        share = f"{100 * 6 * num_parameters * tokens / update / peak:.1f} %" if peak else "n/a"
-        speeds = (f"{tokens / rollout:.0f}", f"{tokens / update:.0f}", share)
-        rows.append((f"`{script}`", f"{rollout:.2f}", f"{update:.2f}", *speeds, f"{run.peak / 2**30:.1f}"))
-    rollout_rows += vllm_rows(folder, prompts, args.gpu_length, args.rounds)  # last, since it may keep the memory
-    size = f"{card}, {num_parameters / 1e6:.1f}M parameters, bfloat16, {args.gpu_prompts} prompts of 64 tokens"
-    size += f", 8 responses of {args.gpu_length} tokens each"
-    print_table(f"**gpu**: rollout, {size}", ROLLOUT_HEADER, rollout_rows)
-    header = (
-        "",
-        "rollout s",
-        "update s",
-        "rollout tokens/s",
-        "update tokens/s",
-        "share of bf16 peak",
-        "peak memory GiB",
-    )
-    print_table(f"**gpu**: scripts, {size}, `--micro-batch-size {args.micro_batch_size}`", header, rows)
-    print("\nThe update is all but the rollout. Tokens are those of the responses. The share counts 6 x parameters x")
-    print("tokens operations: one forward and backward pass, and no other pass of the update, nor the prompts.")
+    gpu.measure(args, scratch)
 
 
 def main(args):

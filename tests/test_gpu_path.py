@@ -1,9 +1,11 @@
 """What the scripts do on a GPU, on a CPU: pretend_gpu.py is a device that refuses tensors of the CPU and has graphs."""
 
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import finish, fork
+from conftest import ROOT, finish, fork
 from pretend_gpu import run_on_it
 from test_runs import scalars
 
@@ -33,3 +35,29 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     (run_dir,) = (tmp_path / "runs").iterdir()
     gaps = [gap for _, gap in scalars(run_dir)["policy/sampler_gap"]]
     assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
+
+
+def test_the_gpu_benchmark_measures_all_it_promises():
+    """On the CPU, with a tiny model; the parts that start other processes or compile are left out."""
+    command = [sys.executable, ROOT / "benchmark/throughput.py", "--sections", "gpu", "--shape", "tiny"]
+    command += ["--device", "cpu", "--gpu-prompts", "2", "--gpu-length", "8", "--rounds", "1"]
+    command += ["--gpu-parts", "card", "correctness", "rollout", "update"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|", output, re.M))
+    assert "failed" not in output and "not finite | none" in output
+    exact = [
+        f"{name}, {precision}, against the CPU"
+        for name in ("gradient", "Fisher product")
+        for precision in ("float32", "TF32")
+    ]
+    assert all(float(rows[name]) < 1e-6 for name in exact)
+    assert float(rows["w'Fv - v'Fw, float32, relative to v'Fv"]) < 1e-5
+    assert float(rows["sampler gap in nats, bfloat16, without a CUDA graph"]) < 0.01
+    for name in (
+        "copy, read and written",
+        "`common.rollout`, ragged",
+        "`generate`, static cache",
+        "padded",
+        "--lora-rank 8",
+    ):
+        assert re.match(r"[\d.,]+", rows[name])
