@@ -233,15 +233,14 @@ def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch,
         torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)  # and puts back what it was
 def test_compiled_passes_serve_any_width(monkeypatch):
     """Policy and reference, with and without gradient, prompts shared and distinct, at changing widths."""
     torch.compiler.reset()
     compiled, compile = [], torch.nn.Module.compile
     counting = functools.partialmethod(compile, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     monkeypatch.setattr(torch.nn.Module, "compile", counting)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(common, "MIN_SAVED_TOKENS", 0)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # puts it back
     args = Args(dtype="float32", response_length=9, compile=True)
     model = tiny_model("gpt2", n_layer=1, n_positions=64)
     policy = common.prepare(common.copy_network(model), torch.device("cpu"), args)
