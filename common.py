@@ -763,7 +763,7 @@ def response_logits(model, sequences, attention_mask, args):
     sequences, attention_mask, length = trim(sequences, attention_mask, args.response_length)  # (b, p+r)
     with autocast(sequences.device, args):
         prompt_pass = functools.partial(model, logits_to_keep=1)
-        # The last token is only predicted.
+        # Runs each prompt once, if that pays. The last token is only predicted.
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
         return model(**inputs, logits_to_keep=length).logits
 
@@ -1024,7 +1024,7 @@ class Decoder:
 
     On the CPU the cache of keys and values grows. On CUDA it has its final size from the start, so that the pass of one
     token is the same work each time: it is captured as a graph and replayed, since launching its kernels one by
-    one takes longer than running them.
+    one takes longer than running them; below `MIN_REPLAYS` tokens left, the capture would not pay.
     """
 
     def __init__(self, model, prompts, prompt_mask, samples_per_prompt, response_length, fixed_size):

@@ -81,7 +81,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and a CUDA graph of the one-token pass"""
+    """on CUDA, sample with a cache of fixed size and, from 32 tokens up, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -216,7 +216,7 @@ class Critic(torch.nn.Module):
         """Values of the states before each response token, and of the one after the last: (b, P+R) -> (b, R+1)."""
         sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with common.autocast(sequences.device, args):
-            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)
+            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)  # runs prompts
             hidden = self.backbone(**inputs).last_hidden_state[:, -length - 1 :]  # (b, r+1, hidden size)
         values = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (b, r+1)
         return torch.nn.functional.pad(values, (0, args.response_length - length))

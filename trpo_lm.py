@@ -39,7 +39,7 @@ differentiation, then one backward pass with (diag p_t - p_t p_t') J_t v. The mo
 
     (11) the first of s, c s, c^2 s, ... with exact KL <= delta and gain >= a * predicted gain is taken,
 
-where the gain is L(theta) - L(theta_old), predicted to be g^T s; if there is none, theta_old is put back bit for bit.
+where the gain is L(theta) - L(theta_old), predicted to be g's; if there is none, theta_old is put back bit for bit.
 The critic lowers its squared error by gradient steps, and is kept near the values V_old from before the update:
 
     (12) L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
@@ -56,7 +56,8 @@ since the rounding error of bfloat16 in the KL can be as large as delta. E_t div
 reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
-D number of trained parameters. common.py begins with a drawing of how prompts, responses and values are aligned.
+D number of trained parameters, with several ranks of those in this rank's shards. common.py begins with a drawing of
+how prompts, responses and values are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
@@ -88,7 +89,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and a CUDA graph of the one-token pass"""
+    """on CUDA, sample with a cache of fixed size and, from 32 tokens up, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -225,7 +226,7 @@ class Critic(torch.nn.Module):
         """Values of the states before each response token, and of the one after the last: (b, P+R) -> (b, R+1)."""
         sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with common.autocast(sequences.device, args):
-            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)
+            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)  # runs prompts
             hidden = self.backbone(**inputs).last_hidden_state[:, -length - 1 :]  # (b, r+1, hidden size)
         values = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (b, r+1)
         return torch.nn.functional.pad(values, (0, args.response_length - length))
