@@ -437,8 +437,7 @@ def part_trl(args, card, folder, dataset, scratch):
     settings |= dict(max_completion_length=args.gpu_length, bf16=True, use_cpu=args.device == "cpu")
     for name in ("RLOO", "GRPO"):
         with failure_is_a_row(f"{name}Trainer of TRL {version('trl')}", args.device, 3):
-            training = dict(updates=args.gpu_updates, learning_rate=1e-6, seed=1, args=args)
-            seconds, _ = throughput.train_trl(name, folder, rows, rows[:8], **training, **settings)
+            seconds = throughput.train_trl(name, folder, rows, args.gpu_updates, 1e-6, seed=1, **settings).seconds
             figures = f"{median(seconds[1:]):.2f}", f"{peak_gib(args.device):.1f}"
             row(f"{name}Trainer of TRL {version('trl')}", *figures)
 

@@ -2,6 +2,7 @@
 
     pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/throughput.py                                   # all of it, a quarter of an hour on two cores
+    pip install trl==1.10.0 && python benchmark/throughput.py --sections ppo      # the last TRL with a PPOTrainer
     python benchmark/throughput.py --sections rollout --rollout-model DIR
     python benchmark/throughput.py --sections scripts --rollout-model DIR --updates 2 --warmup 1
     python benchmark/throughput.py --sections gpu --gpu-parts card correctness rollout update       # on a GPU
@@ -40,25 +41,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models and data are made her
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
+import ppo_lm
 import reinforce_lm
 
 import numpy as np
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    TrainerCallback,
+)
 from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
 Part = Literal["card", "correctness", "rollout", "update", "compile", "scripts", "trl"]
-Section = Literal["trl", "long", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
+Section = Literal["trl", "ppo", "long", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
 
 
 @dataclass
 class Args:
-    sections: tuple[Section, ...] = get_args(Section)
-    """what to measure"""
+    sections: tuple[Section, ...] = tuple(name for name in get_args(Section) if name != "ppo")
+    """what to measure; ppo needs an older TRL than trl and long"""
     rounds: int = 3
     """times that everything is measured, in turn"""
     updates: int = 30
@@ -66,17 +75,17 @@ class Args:
     warmup: int = 5
     """updates before them that are not"""
     target: float = 0.9
-    """trl: exact match on held-out prompts at which the race ends"""
+    """trl, ppo: exact match on held-out prompts at which the race ends"""
     cap: float = 300.0
-    """trl: seconds after which a run of the race is given up"""
+    """trl, ppo: seconds after which a run of the race is given up"""
     race_updates: int = 400
-    """trl: updates over which the learning rate falls to 0 in the race, by default those of a run of the scripts"""
+    """trl, ppo: updates over which the learning rate falls to 0 in the race, by default as in a run of the scripts"""
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    """trl: learning rates that each trainer is tried with; reinforce_lm.py runs with its default"""
+    """trl, ppo: learning rates that each trainer is tried with; the script runs with its default"""
     seeds: int = 3
-    """trl: runs of the race; the first chooses the learning rate of each trainer"""
+    """trl, ppo: runs of the race; the first chooses the learning rate of each trainer"""
     eval_every: int = 10
-    """trl: updates between evaluations in the race, which the clock leaves out"""
+    """trl, ppo: updates between evaluations in the race, which the clock leaves out"""
     rollout_model: str = ""
     """rollout, scripts: folder of a model to measure, besides the tiny one"""
     rollout_responses: int = 32
@@ -118,8 +127,10 @@ def parse_args():
         require(args.gpu_updates >= 2, "--gpu-updates", "at least 2", args.gpu_updates)
         missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
         expected = "the packages of benchmark/requirements.txt (pip install -r benchmark/requirements.txt)"
-        needed = {"trl", "long"} & set(args.sections)
+        needed = {"trl", "ppo", "long"} & set(args.sections)
         require(not needed or not missing, f"--sections {' '.join(needed)}", expected, f"no {', '.join(missing)}")
+        has_ppo = not missing and importlib.util.find_spec("trl.experimental.ppo")
+        require("ppo" not in needed or has_ppo, "--sections ppo", "pip install trl==1.10.0", "a TRL without PPOTrainer")
     return args
 
 
@@ -141,8 +152,8 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
 
     Returns:
         A namespace: `seconds` of each update, from end to end but without evaluations; for each update the metrics
-        `iteration`, `rollout` (seconds) and `speed` (tokens per second); `exact` as {updates: exact match}; `model`, a
-        folder; `peak`, bytes on the GPU.
+        `iteration`, `rollout` (seconds) and `speed` (tokens per second); `score` and, where it is logged, `exact`, each
+        {updates: mean over held-out prompts}; `model`, a folder; `peak`, bytes on the GPU.
     Raises:
         RuntimeError: with the last line on standard error and the peak on the GPU, if the script fails or takes longer
             than `timeout` seconds.
@@ -167,8 +178,9 @@ def run_script(script, scratch, batch_size=256, updates=30, ranks=1, threads=Non
     run_dir, events = read_events(folder)
     names = {"iteration": "iteration_seconds", "rollout": "rollout_seconds", "speed": "tokens_per_second"}
     run = {name: [event.value for event in events.Scalars(f"time/{tag}")] for name, tag in names.items()}
-    evaluations = {event.step: event for event in events.Scalars("eval/exact")}
-    run["exact"] = {step // batch_size: event.value for step, event in evaluations.items()}
+    for name in {"score", "exact"} & {tag.removeprefix("eval/") for tag in events.Tags()["scalars"]}:
+        run[name] = {event.step // batch_size: event.value for event in events.Scalars(f"eval/{name}")}
+    evaluations = {event.step: event for event in events.Scalars("eval/score")}
     logged = events.Scalars("time/iteration_seconds")
     run["seconds"], mark = [], logged[0].wall_time - logged[0].value
     for event in logged:
@@ -213,16 +225,19 @@ def tiny_checkpoint(scratch):
     return run_script("reinforce_lm.py", scratch, batch_size=4, updates=1, **flags).model
 
 
-# ===== trl: reinforce_lm.py against RLOOTrainer and GRPOTrainer =====
+# ===== trl, ppo: reinforce_lm.py against RLOOTrainer and GRPOTrainer, ppo_lm.py against PPOTrainer =====
 
 # As close to reinforce_lm.py and its defaults for `--model tiny` as the trainers allow. Their own defaults are
 # bfloat16, gradient checkpointing and a learning rate of 1e-6. Each update generates a batch that only it uses.
-TRL_SETTINGS = dict(per_device_train_batch_size=256, gradient_accumulation_steps=1, steps_per_generation=1)
-TRL_SETTINGS |= dict(num_generations=4, num_iterations=1, max_completion_length=6, temperature=1.0, top_k=0, top_p=1.0)
-TRL_SETTINGS |= dict(beta=0.02, disable_dropout=True, max_grad_norm=1.0, weight_decay=0.0)
-TRL_SETTINGS |= dict(lr_scheduler_type="linear", warmup_steps=0, use_cpu=True, bf16=False, gradient_checkpointing=False)
-TRL_SETTINGS |= dict(logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
-TRL_SETTINGS |= dict(dataloader_pin_memory=False)
+TRAINER = dict(per_device_train_batch_size=256, gradient_accumulation_steps=1, weight_decay=0.0, temperature=1.0)
+TRAINER |= dict(lr_scheduler_type="linear", warmup_steps=0, use_cpu=True, bf16=False, gradient_checkpointing=False)
+TRAINER |= dict(logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
+TRAINER |= dict(dataloader_pin_memory=False)
+TRL_SETTINGS = TRAINER | dict(steps_per_generation=1, num_generations=4, num_iterations=1, max_completion_length=6)
+TRL_SETTINGS |= dict(top_k=0, top_p=1.0, beta=0.02, disable_dropout=True, max_grad_norm=1.0)
+# As ppo_lm.py: 2 epochs of 4 minibatches. Policy and critic have one learning rate. It takes one response to a prompt.
+PPO_SETTINGS = TRAINER | dict(num_ppo_epochs=2, num_mini_batches=4, response_length=6, stop_token="eos", kl_coef=0.02)
+PPO_SETTINGS |= dict(local_rollout_forward_batch_size=256, num_sample_generations=0)
 
 
 def sort_rows(scratch):
@@ -238,78 +253,141 @@ def sort_rows(scratch):
     return *parts.values(), {name: f"{scratch}/{name}.jsonl" for name in parts}
 
 
-def train_trl(name, folder, rows, eval_rows, updates, learning_rate, seed, args, target=None, **settings):
-    """Train the checkpoint in `folder` with a trainer of TRL, "RLOO" or "GRPO".
+def greedy_scorer(folder, rows, reward, response_length, dtype=torch.float32):
+    """A function of weights of the checkpoint in `folder`: the mean reward of greedy responses to `rows`."""
+    tokenizer, policy = common.load_tokenizer(folder, rows), AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    prompts = common.encode_prompts(tokenizer, rows, 512).padded()
+    end_ids = common.end_token_ids(tokenizer, policy.eval())
+    flags = argparse.Namespace(response_length=response_length, temperature=1.0, rollout_batch_size=512)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
 
-    With a `target` greedy responses to `eval_rows` are scored every `args.eval_every` updates, while the clock stands
-    still, and training ends when that share of them is exact or after `args.cap` seconds.
+    def score(weights):
+        policy.load_state_dict(weights)
+        responses, mask, _ = common.rollout(policy, *prompts, end_ids, flags, greedy=True)
+        arguments = columns | {"responses": common.decode(tokenizer, responses, mask)}
+        return float(np.mean(reward(arguments.pop("prompt"), **arguments)))
 
-    Returns:
-        seconds of each update, exact match at the last evaluation.
+    return score
+
+
+class StopTraining(Exception):
+    """Raised by `Clock`."""
+
+
+class Clock(TrainerCallback):
+    """For a trainer of TRL: the seconds of each update, and while the clock stands still, scores of its policy.
+
+    Attributes:
+        seconds: of each update so far. scores: {updates: score}, by `scorer`, every `eval_every` updates. Training
+        ends when `stop(score, seconds so far)` says so.
     """
+
+    def __init__(self, scorer=None, eval_every=1, stop=lambda score, seconds: False):
+        self.scorer, self.eval_every, self.stop, self.seconds, self.scores = scorer, eval_every, stop, [], {}
+
+    def on_train_begin(self, *_, **__):
+        self.mark = time.perf_counter()
+
+    def on_step_end(self, _, state, __, model, **___):
+        self.seconds.append(time.perf_counter() - self.mark)
+        if self.scorer and state.global_step % self.eval_every == 0:
+            score = self.scores[state.global_step] = self.scorer(getattr(model, "policy", model).state_dict())
+            if self.stop(score, sum(self.seconds)):
+                raise StopTraining  # PPOTrainer does not look at control.should_training_stop
+        self.mark = time.perf_counter()
+
+
+def train_trl(name, folder, rows, updates, learning_rate, seed, reward=common.match_reward, clock=None, **settings):
+    """Train the checkpoint in `folder` with a trainer of TRL, "RLOO" or "GRPO"; returns its `Clock`."""
     warnings.simplefilter("ignore", FutureWarning)  # about names in the trainers' own code
     import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # for evaluations alone
-    prompts = torch.tensor(tokenizer([row["prompt"] for row in eval_rows]).input_ids)
-    seconds, exact = [], [0.0]
+    def reward_function(prompts, completions, **columns):
+        return reward(prompts, completions, **columns)
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            self.mark = time.perf_counter()
-
-        def on_step_end(self, _, state, control, model, **__):
-            seconds.append(time.perf_counter() - self.mark)
-            if target and state.global_step % args.eval_every == 0:
-                policy.load_state_dict(model.state_dict())
-                mask, end_ids = torch.ones_like(prompts).bool(), [tokenizer.eos_token_id]
-                flags = argparse.Namespace(response_length=6, temperature=1.0, rollout_batch_size=2**20)
-                responses, mask, _ = common.rollout(policy, prompts, mask, end_ids, flags, greedy=True)
-                texts = common.decode(tokenizer, responses, mask)
-                found = common.exact_reward(None, texts, [row["reference"] for row in eval_rows])
-                exact.append(sum(found) / len(found))
-                control.should_training_stop |= exact[-1] >= target or sum(seconds) >= args.cap
-            self.mark = time.perf_counter()
-
-    def match(prompts, completions, reference, **_):
-        return common.match_reward(prompts, completions, reference)
-
-    settings |= dict(learning_rate=learning_rate, max_steps=updates, seed=seed, output_dir=f"{folder}/trl")
+    clock = clock or Clock()
+    settings = dict(output_dir=f"{folder}/trl") | settings
+    settings |= dict(learning_rate=learning_rate, max_steps=updates, seed=seed)
     config = getattr(trl, f"{name}Config")(**TRL_SETTINGS | settings)
-    data = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
-    with contextlib.redirect_stdout(io.StringIO()):
-        getattr(trl, f"{name}Trainer")(folder, reward_funcs=match, args=config, **data).train()
-    return seconds, exact[-1]
+    data = dict(train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(folder))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(StopTraining):
+        trainer = getattr(trl, f"{name}Trainer")
+        trainer(folder, reward_funcs=reward_function, args=config, **data, callbacks=[clock]).train()
+    return clock
 
 
-def section_trl(args, scratch):
-    folder = tiny_checkpoint(scratch)
+class RewardNetwork(torch.nn.Module):
+    """The reward `match` of `sort` as PPOTrainer wants it, a network: a backbone with hidden states, and a head."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer, self.score = tokenizer, torch.nn.Identity()
+
+    def backbone(self, input_ids, attention_mask, **_):
+        texts = [self.tokenizer.decode(ids[mask]) for ids, mask in zip(input_ids, attention_mask.bool())]
+        texts = [text.removesuffix(self.tokenizer.eos_token) for text in texts]
+        prompts, responses = [text[:5] for text in texts], [text[5:] for text in texts]
+        scores = common.match_reward(prompts, responses, ["".join(sorted(prompt)) for prompt in prompts])
+        scores = torch.tensor(scores)[:, None, None].expand(*input_ids.shape, 1)  # the same at each token
+        return SimpleNamespace(hidden_states=[scores])
+
+
+def train_ppo(folder, rows, updates, learning_rate, seed, clock=None):
+    """Train the checkpoint in `folder` on `sort` with TRL's PPOTrainer; returns its `Clock`."""
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    clock, tokenizer = clock or Clock(), AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # PPOTrainer takes no padding token for a real one
+    policy, reference = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
+    torch.manual_seed(seed)
+    critic = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    settings = dict(total_episodes=256 * updates, learning_rate=learning_rate, seed=seed, output_dir=f"{folder}/trl")
+    data = Dataset.from_list([{"input_ids": tokenizer(row["prompt"]).input_ids} for row in rows])
+    networks = dict(model=policy, ref_model=reference, reward_model=RewardNetwork(tokenizer), value_model=critic)
+    data = dict(processing_class=tokenizer, train_dataset=data, eval_dataset=data.select(range(8)))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(StopTraining):
+        PPOTrainer(PPOConfig(**PPO_SETTINGS | settings), **data, **networks, callbacks=[clock]).train()
+    return clock
+
+
+def section_ppo(args, scratch):
+    section_trl(args, scratch, ppo_lm, ("PPO",))
+    print("\nPPOTrainer:", ", ".join(f"`{name}={value}`" for name, value in PPO_SETTINGS.items()))
+
+
+def section_trl(args, scratch, script=reinforce_lm, trainers=("RLOO", "GRPO")):
+    folder, updates, script_name = tiny_checkpoint(scratch), args.warmup + args.updates, f"{script.__name__}.py"
     rows, eval_rows, files = sort_rows(scratch)
-    trainers, updates = ("RLOO", "GRPO"), args.warmup + args.updates
-    titles = {"ours": "`reinforce_lm.py`"} | {name: f"{name}Trainer of TRL {version('trl')}" for name in trainers}
+    titles = {"ours": f"`{script_name}`"} | {name: f"{name}Trainer of TRL {version('trl')}" for name in trainers}
 
     def ours(**flags):  # `folder` is not `--model tiny`, so the defaults of that are given as flags
-        flags = reinforce_lm.TINY | dict(model=folder, eval_every=0, save_every=0) | files | flags
-        return run_script("reinforce_lm.py", scratch, **flags)
+        flags = script.TINY | dict(model=folder, eval_every=0, save_every=0) | files | flags
+        return run_script(script_name, scratch, **flags)
 
-    def theirs(name, **settings):
-        return train_trl(name, folder, rows, eval_rows, args=args, **settings)
+    def theirs(name, *settings, **more):
+        return train_ppo(folder, *settings, **more) if name == "PPO" else train_trl(name, folder, *settings, **more)
 
     calls = {"ours": lambda: ours(updates=updates).seconds}
     for name in trainers:
-        calls[name] = lambda name=name: theirs(name, updates=updates, learning_rate=2e-3, seed=1)[0]
+        calls[name] = lambda name=name: theirs(name, rows, updates, 2e-3, seed=1).seconds
     runs = in_turn(calls, args.rounds)
     times = {name: [1e3 * median(seconds[args.warmup :]) for seconds in runs[name]] for name in runs}
     table = [(titles[name], spread(values), ratio(values, times["ours"])) for name, values in times.items()]
-    title = f"**trl**: `sort`, 256 responses of up to 6 tokens per update, float32, medians of {args.updates} updates"
+    title = f"`sort`, 256 responses of up to 6 tokens per update, float32, medians of {args.updates} updates"
     print_table(title, ("", "ms per update", "ratio"), table)
-    print("\nBoth trainers:", ", ".join(f"`{name}={value}`" for name, value in TRL_SETTINGS.items()))
-    print("\nRLOO subtracts the KL penalty from the reward, as `reinforce_lm.py` does. GRPO has it in the loss,")
-    print("divides advantages by the standard deviation of their group and averages over tokens, as is its default.")
-    print("`reinforce_lm.py` has the flags of `--model tiny`. All start from the same weights and prompts.")
+    print(f"\n`{script_name}` has the flags of `--model tiny`. All start from the same weights and prompts.")
+    if "RLOO" in trainers:
+        print("Both trainers:", ", ".join(f"`{name}={value}`" for name, value in TRL_SETTINGS.items()))
+        print("RLOO subtracts the KL penalty from the reward, as `reinforce_lm.py` does. GRPO has it in the loss,")
+        print(
+            "divides advantages by the standard deviation of their group and averages over tokens, as is its default."
+        )
+
+    scorer = greedy_scorer(folder, eval_rows, common.exact_reward, 6)
 
     def race(name, learning_rate, seed):
         """Seconds to the target, infinite if it was not reached; updates; exact match in the end."""
@@ -318,8 +396,9 @@ def section_trl(args, scratch):
             count = min((count for count, exact in run.exact.items() if exact >= args.target), default=None)
             seconds, exact = run.seconds[:count], run.exact[count or args.race_updates]
         else:
-            settings = dict(updates=args.race_updates, learning_rate=learning_rate, seed=seed, target=args.target)
-            seconds, exact = theirs(name, **settings)
+            clock = Clock(scorer, args.eval_every, lambda score, seconds: score >= args.target or seconds >= args.cap)
+            theirs(name, rows, args.race_updates, learning_rate, seed, clock=clock)
+            seconds, exact = clock.seconds, list(clock.scores.values())[-1]
         in_time = exact >= args.target and sum(seconds) <= args.cap
         return sum(seconds) if in_time else float("inf"), len(seconds), exact
 
@@ -335,7 +414,7 @@ def section_trl(args, scratch):
         for key in best:
             results[key].append(race(*key, seed))
     times = {key: [seconds for seconds, _, _ in runs] for key, runs in results.items()}
-    title = f"**trl**: time to {100 * args.target:.0f} % exact match on 512 held-out prompts, evaluations not counted"
+    title = f"Time to {100 * args.target:.0f} % exact match on 512 held-out prompts, evaluations not counted"
     table = []
     for name, rate in best:
         values, runs = times[name, rate], results[name, rate]
@@ -369,11 +448,11 @@ def section_long(args, scratch):
     flags = reinforce_lm.TINY | dict(model=folder, batch_size=64, micro_batch_size=64, samples_per_prompt=8) | paths
     flags |= dict(response_length=32, updates=updates, eval_size=1, eval_every=0, save_every=0, learning_rate=1e-4)
     settings = dict(per_device_train_batch_size=64, num_generations=8, max_completion_length=32, seed=1)
-    settings |= dict(updates=updates, learning_rate=1e-4, args=args)
+    settings |= dict(updates=updates, learning_rate=1e-4)
     calls = {"`reinforce_lm.py`": lambda: run_script("reinforce_lm.py", scratch, **flags).seconds}
     for name in ("RLOO", "GRPO"):
         title = f"{name}Trainer of TRL {version('trl')}"
-        calls[title] = lambda name=name: train_trl(name, folder, rows[16:], rows[:16], **settings)[0]
+        calls[title] = lambda name=name: train_trl(name, folder, rows[16:], **settings).seconds
     times = {name: [median(run[1:]) for run in runs] for name, runs in in_turn(calls, args.rounds).items()}
     ours = next(iter(times.values()))
     table = [(name, spread(values, 2), ratio(values, ours)) for name, values in times.items()]
