@@ -33,7 +33,7 @@ of that KL, and its gradient. After each batch c is adapted to the KL that the u
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
-The critic minimizes the squared error, with its values kept near V_old, those from before the update:
+The critic minimizes the squared error, with --value-clip also that of values kept near V_old, from before the update:
 
     (9)  L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
 
@@ -44,9 +44,8 @@ learned nothing, would move the policy, and the weight between the two losses wo
 Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped
 values (9), an optional stop by --target-kl, and in (7) a sampled KL in place of the exact one. Departures from
 reinforce_lm.py: a critic, and several steps per batch, which is why log pi_old has to be remembered; and, as most code
-does, E_t divides by the number of tokens, where (7) there divides by the number of responses. GAE leaves out the
-gamma^(t-1) of that script, as the papers do. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a
-constraint.
+does, E_t divides by the number of tokens, where that script divides by the number of responses. GAE leaves out its
+gamma^(t-1), as the papers do. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
 common.py begins with a drawing of how prompts, responses, masks, logits and values are aligned.
@@ -321,7 +320,7 @@ def main(args, checkpoint=None):
             sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
         """
         ids, mask = prompts.padded(device)  # (n, P)
-        with common.whole_weights(sampler, policy):
+        with common.whole_weights(sampler, policy):  # the sampler gets the current weights
             responses, response_mask, logprobs = common.rollout(  # (n k, R)
                 sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
             )
@@ -391,13 +390,13 @@ def main(args, checkpoint=None):
         all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch)  # (B, R+1)
         values = all_values[:, :-1]  # (B, R)
         bootstraps = ~ended & (args.truncation == "bootstrap")  # (B,)
-        next_values = all_values[:, -1].where(bootstraps, 0.0)  # (B,)
+        next_values = all_values[:, -1].where(bootstraps, 0.0)  # (B,): a response that was cut has R tokens
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
         )
         returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
         variance = common.variance(returns, response_mask)
-        explained = 1 - common.variance(advantages, response_mask) / variance
+        explained = 1 - common.variance(advantages, response_mask) / variance  # advantages = returns - values
         metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
         metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
@@ -409,7 +408,7 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # the metrics of each
-        for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:
+        for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:  # one loop, so that `break` ends all
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
             for inds in minibatch:
                 mask, inputs = response_mask[inds], (sequences[inds], attention_mask[inds])  # (b, R), (b, P+R) each
@@ -430,7 +429,7 @@ def main(args, checkpoint=None):
                 metrics_of_tokens |= {"policy/approx_kl": sampled_kl, "policy/ratio_distance": (ratio - 1).abs()}
                 common.add_sums(sums, mask, metrics_of_tokens)
             step = common.means_over_ranks(sums, num_tokens)
-            if steps and args.target_kl and step["policy/approx_kl"] > args.target_kl:
+            if args.target_kl and steps and step["policy/approx_kl"] > args.target_kl:
                 optimizer.zero_grad()
                 critic_optimizer.zero_grad()
                 break
@@ -446,7 +445,7 @@ def main(args, checkpoint=None):
         logratio = (new_logprobs - logprobs).where(response_mask, 0.0)  # (B, R)
         ratio = logratio.exp()  # (B, R)
         metrics |= {
-            "policy/approx_kl": common.mean(ratio - 1 - logratio, response_mask).item(),
+            "policy/approx_kl": common.mean(ratio - 1 - logratio, response_mask).item(),  # not the mean over steps
             "policy/ratio_first_minibatch": 1 + steps[0]["policy/ratio_distance"],
             "policy/sampler_gap": common.mean((logprobs - sampler_logprobs).abs(), response_mask).item(),
             "policy/update_epochs_done": len(steps) / args.num_minibatches,

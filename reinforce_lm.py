@@ -255,7 +255,7 @@ def main(args, checkpoint=None):
             sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
         """
         ids, mask = prompts.padded(device)  # (n, P)
-        with common.whole_weights(sampler, policy):
+        with common.whole_weights(sampler, policy):  # the sampler gets the current weights
             responses, response_mask, logprobs = common.rollout(  # (n k, R)
                 sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
             )

@@ -485,7 +485,7 @@ def main(args, checkpoint=None):
             sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
         """
         ids, mask = prompts.padded(device)  # (n, P)
-        with common.whole_weights(sampler, policy):
+        with common.whole_weights(sampler, policy):  # the sampler gets the current weights
             responses, response_mask, logprobs = common.rollout(  # (n k, R)
                 sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
             )
@@ -554,13 +554,13 @@ def main(args, checkpoint=None):
         all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch)  # (B, R+1)
         values = all_values[:, :-1]  # (B, R)
         bootstraps = ~ended & (args.truncation == "bootstrap")  # (B,)
-        next_values = all_values[:, -1].where(bootstraps, 0.0)  # (B,)
+        next_values = all_values[:, -1].where(bootstraps, 0.0)  # (B,): a response that was cut has R tokens
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
         )
         returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
         variance = common.variance(returns, response_mask)
-        explained = 1 - common.variance(advantages, response_mask) / variance
+        explained = 1 - common.variance(advantages, response_mask) / variance  # advantages = returns - values
         metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
         metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:

@@ -1,12 +1,12 @@
-"""reinforce_lm.py and TRL's RLOOTrainer and GRPOTrainer with a pretrained model: same prompts, reward and seeds.
+"""reinforce_lm.py and TRL's RLOOTrainer and GRPOTrainer with a pretrained model, the same prompts and the same reward.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/against_trl.py --model DIR --dataset FILE.jsonl --eval-dataset FILE.jsonl \\
-        --reward FILE.py:function
+    python benchmark/against_trl.py --model DIR --dataset FILE --eval-dataset FILE --reward FILE.py:function
 
 Each of the three is tried with every learning rate and the first seed, then its best one with the other seeds. Greedy
-responses to the same held-out prompts are scored, while the clock stands still. One row of the table is printed when
-it is there. Everything runs on the CPU in bfloat16, one contestant at a time.
+responses to the same held-out prompts are scored, while the clock stands still; the learning rate is chosen by the last
+of these scores. A row is printed as soon as its run ends. Everything runs on the CPU, one run at a time, with float32
+weights under bfloat16 autocast; `reinforce_lm.py` samples, and all are evaluated, with weights rounded to bfloat16.
 """
 
 import sys
@@ -67,7 +67,7 @@ def train(name, learning_rate, seed, args, scratch):
         flags |= dict(learning_rate=learning_rate, seed=seed)
         run = throughput.run_script(name, scratch, args.batch_size, args.updates, **flags)
         return run.seconds, run.score
-    rows, eval_rows = [common.load_rows(path, "--dataset") for path in (args.dataset, args.eval_dataset)]
+    rows, eval_rows = [common.load_rows(getattr(args, name), common.flag(name)) for name in ("dataset", "eval_dataset")]
     flags = SimpleNamespace(reward=args.reward, reward_clip=0.0)
     reward = common.load_reward(flags, "cpu", rows)
     scored = args.model, eval_rows[: args.eval_size], reward, args.response_length

@@ -22,7 +22,7 @@ import trpo_lm
 import numpy as np
 import throughput
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 QWEN2_SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, tied embeddings
     "tiny": (64, 2, 4, 2, 128, 512, True),
@@ -70,8 +70,8 @@ def peak_gib(device):
 
 
 def free(device):
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -122,12 +122,12 @@ def random_batch(args, vocab_size, num_prompts, response_length):
 def checkpoint_of(shape, scratch):
     """Folder of a Qwen2 with random weights, and a file of prompts of digits.
 
-    The tokenizer is the tiny model's: it knows the first eleven ids, and the text of the others is empty. One id in a
+    The tokenizer is one of digits: it knows the first eleven ids, and the text of the others is empty. One id in a
     hundred ends a response, so that their lengths differ.
     """
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     size = dict(zip((*names, "vocab_size", "tie_word_embeddings"), QWEN2_SHAPES[shape]))
-    tokenizer = AutoTokenizer.from_pretrained(throughput.tiny_checkpoint(scratch))
+    tokenizer = common.character_tokenizer("0123456789")
     end = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     torch.manual_seed(1)
     config = Qwen2Config(**size, **end, max_position_embeddings=4096)

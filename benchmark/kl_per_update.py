@@ -22,13 +22,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parent))
 import common
 
 import numpy as np
+import torch
 import tyro
 from learning_curves import COLORS, ROOT, find_run, markdown
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEP_SIZES = {"reinforce_lm": "learning_rate", "ppo_lm": "learning_rate", "trpo_lm": "max_kl"}
-WATCHED = {"ppo_lm": "policy/clipfrac", "trpo_lm": "trpo/step_fraction"}  # what tells a step that was cut
+WATCHED = {"ppo_lm": "policy/clipfrac", "trpo_lm": "trpo/step_fraction"}  # shows how often steps are cut
 
 
 @dataclass
@@ -57,15 +58,16 @@ def train(script, factor, seed, args):
         if last and not greedy:
             *batch, old = last
             kl = (old.exp() * (old - log_p(model, *batch, flags))).sum(-1)  # (B, r)
-            kls.append(kl[batch[1][:, -flags.response_length :][:, : kl.shape[1]]].mean().item())
+            response_mask = batch[1][:, -flags.response_length :]  # (B, R)
+            kls.append(kl[response_mask[:, : kl.shape[1]]].mean().item())
         responses = rollout(model, prompts, mask, end_ids, flags, samples_per_prompt, greedy=greedy, **settings)
         if not greedy:
-            pairs = zip((prompts, mask), responses)
-            batch = [common.torch.cat([p.repeat_interleave(samples_per_prompt, 0), r], 1) for p, r in pairs]
+            pairs = zip((prompts, mask), responses[:2])
+            batch = [torch.cat([p.repeat_interleave(samples_per_prompt, 0), r], 1) for p, r in pairs]
             last = *batch, log_p(model, *batch, flags)
         return responses
 
-    common.rollout = common.torch.no_grad()(measuring_rollout)
+    common.rollout = torch.no_grad()(measuring_rollout)
     step_size = factor * (vars(module.Args()) | module.TINY)[STEP_SIZES[script]]
     flags = dict(
         total_episodes=args.total_episodes, seed=seed, output_dir=f"{args.output_dir}/{factor:g}", save_every=0

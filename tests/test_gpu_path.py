@@ -1,8 +1,7 @@
 """What the scripts do on a GPU, on a CPU: pretend_gpu.py is a device that refuses tensors of the CPU and has graphs."""
 
+import importlib
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, finish, fork
@@ -37,12 +36,14 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
 
 
-def test_the_gpu_benchmark_measures_all_it_promises():
+def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):
     """On the CPU, with a tiny model; the parts that start other processes or compile are left out."""
-    command = [sys.executable, ROOT / "benchmark/throughput.py", "--sections", "gpu", "--shape", "tiny"]
-    command += ["--device", "cpu", "--gpu-prompts", "2", "--gpu-length", "8", "--rounds", "1"]
-    command += ["--gpu-parts", "card", "correctness", "rollout", "update"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    throughput = importlib.import_module("throughput")
+    parts = ("card", "correctness", "rollout", "update")
+    sizes = dict(shape="tiny", device="cpu", gpu_prompts=2, gpu_length=8, rounds=1)
+    throughput.main(throughput.Args(sections=("gpu",), gpu_parts=parts, **sizes))
+    output = capsys.readouterr().out
     rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|", output, re.M))
     assert "failed" not in output and "not finite | none" in output
     exact = [
