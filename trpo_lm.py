@@ -577,18 +577,18 @@ def main(args, checkpoint=None):
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
         rows = torch.randperm(local_batch_size, generator=make_generator("cpu", *key)).to(device)  # of many prompts
         rows = rows[: max(1, round(args.fvp_fraction * local_batch_size))]
-        inputs = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
+        subset = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
-            lambda v, inputs=inputs: fisher_vector_product(v, *inputs), g, args.cg_iters, args.cg_damping, args.cg_tol
+            lambda v, i=subset: fisher_vector_product(v, *i), g, args.cg_iters, args.cg_damping, args.cg_tol
         )
         curvature = fisher_quadratic_form(x, policy, data, micro_batches, num_tokens, float32_args)
         scale = (2 * max_kl / curvature) ** 0.5 if 0 < curvature < torch.inf else 0.0  # (10)
         predicted_gain = scale * dot(g, x)
-        inputs = policy, theta, data, micro_batches, advantages, num_tokens, float32_args
+        whole = policy, theta, data, micro_batches, advantages, num_tokens, float32_args
         fraction, gain, kl, tried = line_search(
-            policy, theta, x.mul_(scale), predicted_gain, lambda i=inputs: surrogate_gain_and_kl(*i), max_kl, args
+            policy, theta, x.mul_(scale), predicted_gain, lambda i=whole: surrogate_gain_and_kl(*i), max_kl, args
         )
-        del theta, g, x, inputs  # as large as the policy: freed before the critic's update and the next batch
+        del theta, g, x, whole  # as large as the policy: freed before the critic's update and the next batch
         if rank == 0 and not fraction:
             why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
             common.show(f"iteration {iteration}: policy not updated, {why}")
