@@ -26,7 +26,7 @@ SCRIPTS = ["reinforce_lm", "ppo_lm", "trpo_lm"]
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch):
     """A smaller `sort`, which is quicker to make, for the runs in this process."""
-    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**11)
+    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**9)
 
 
 def error_line(capsys):

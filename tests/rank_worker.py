@@ -201,7 +201,7 @@ def work_on(script, *flags):
 
 
 def work(out, runs_dir):
-    common.rollout, common.NUM_SORT_PROMPTS = rollout_by_prompt, 2**11
+    common.rollout, common.NUM_SORT_PROMPTS = rollout_by_prompt, 2**9
     common.save_model = lambda *args: None
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
     result = {"statistics": statistics()} | {run: train(run, runs_dir) for run in RUNS}

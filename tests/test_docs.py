@@ -1,5 +1,6 @@
 """Code, README and docs/ say the same: commands, flags, metrics, equations, shared sections."""
 
+import argparse
 import ast
 import difflib
 import importlib
@@ -12,6 +13,7 @@ import sys
 import common
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -243,6 +245,16 @@ def test_the_chat_recipe_runs(tmp_path, model_folder):
         "eval_score_before",
         "eval_score",
     }
+
+
+def test_the_recipe_of_group_normalized_advantages():
+    source = (ROOT / "reinforce_lm.py").read_text()
+    (replaced,) = re.findall(r"^ +(advantages) = .*# \(B, R\) \(6\)$", source, re.MULTILINE)
+    returns = torch.tensor([[1.0, 9.0], [3.0, 9.0], [5.0, 9.0], [5.0, 9.0]])
+    names = dict(returns=returns, response_mask=torch.tensor([[True, False]]).expand(4, 2))
+    exec(code_block("groups = "), names | {"args": argparse.Namespace(samples_per_prompt=2)}, names)
+    expected = torch.tensor([[-(0.5**0.5), 0.0], [0.5**0.5, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(names[replaced], expected, atol=1e-3, rtol=0)
 
 
 # ----- Language and files -----

@@ -230,9 +230,9 @@ def test_the_penalty_is_adapted_by_the_logged_kl(tmp_path, monkeypatch):
 def test_in_bfloat16_the_first_ratio_is_one_whatever_the_sizes_of_the_batches(tmp_path, model_folder):
     """Micro-batches larger than a minibatch, and minibatches that they do not divide: rows are scored beside the same
     rows as in the loss, for beside others they are rounded in another way."""
-    flags = ["--model", model_folder("llama"), "--dtype", "bfloat16", "--response-length", 12, "--total-episodes", 96]
+    flags = ["--model", model_folder("llama"), "--dtype", "bfloat16", "--response-length", 12, "--total-episodes", 64]
     for micro_batch_size, num_minibatches in ((16, 4), (3, 4), (5, 1)):
         sizes = ["--micro-batch-size", micro_batch_size, "--num-minibatches", num_minibatches, "--update-epochs", 2]
         logged = ppo_run(tmp_path, *flags, *sizes, "--learning-rate", 1e-2)
-        assert logged["policy/ratio_first_minibatch"] == [1.0] * 3
+        assert logged["policy/ratio_first_minibatch"] == [1.0] * 2
         assert min(logged["policy/approx_kl"]) > 0

@@ -291,8 +291,9 @@ def kill_process(module, flags):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path, capsys, monkeypatch):
-    flags = ["--total-episodes", 320, "--batch-size", 32, "--save-every", 3, "--eval-every", 5, "--eval-size", 16]
-    flags += ["--kl-target", 0.5, *(["--surrogate", "kl_penalty"] if script == "ppo_lm" else [])]
+    num_iterations = 10 if script == "reinforce_lm" else 6  # enough for it to be killed before the last
+    flags = ["--total-episodes", 32 * num_iterations, "--batch-size", 32, "--save-every", 3, "--eval-every", 5]
+    flags += ["--eval-size", 16, "--kl-target", 0.5, *(["--surrogate", "kl_penalty"] if script == "ppo_lm" else [])]
     module, stopped = importlib.import_module(script), [*flags, "--output-dir", tmp_path / "stopped"]
     if script == "reinforce_lm":
         kill_process(module, stopped)
@@ -304,14 +305,14 @@ def test_resumed_run_is_the_run_that_was_never_stopped(script, tmp_path, capsys,
     whole = final_line(capsys.readouterr().out)
     (run_dir,) = (tmp_path / "stopped").iterdir()
     stopped_at = common.load_checkpoint(run_dir)["iteration"]
-    assert 3 <= stopped_at < 10 and not (run_dir / "summary.json").exists()
+    assert 3 <= stopped_at < num_iterations and not (run_dir / "summary.json").exists()
     run_main(module, "--resume", run_dir)
     resumed = final_line(capsys.readouterr().out)
     assert resumed["run_dir"] == str(run_dir)
     for name in ("eval_score_before", "eval_score", "eval_exact"):
         assert resumed[name] == whole[name]
     expected, found = common.load_checkpoint(whole["run_dir"]), common.load_checkpoint(run_dir)
-    assert found["iteration"] == expected["iteration"] == 10 and found["carried"] == expected["carried"]
+    assert found["iteration"] == expected["iteration"] == num_iterations and found["carried"] == expected["carried"]
     for part in expected:
         if part not in ("args", "iteration", "carried", "script"):
             assert_same(expected[part], found[part])
