@@ -13,7 +13,8 @@ import torch
 from conftest import SCRIPTS, SHAPES, error_line, load_policy, recorded_gradients, rollout, run_main, tiny_model
 from test_rollout import ragged_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, masking_utils
 
 FULL_ATTENTION = ["gpt2", "llama", "qwen2", "qwen3"]
 SHORT = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--device", "cpu", "--save-every", 0]
@@ -287,3 +288,31 @@ def test_weights_are_float32_whatever_the_checkpoint_holds(model_folder):
         p.dtype == torch.bfloat16 for p in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").parameters()
     )
     assert all(p.dtype == torch.float32 for p in load_policy(folder, None, 8, seed=1).parameters())
+
+
+class Heads(TorchDispatchMode):
+    """Counts products that give logits one row of a batch at a time, each with a copy of the head in bfloat16."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.counts = vocab_size, {"mm": 0, "bmm": 0}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result, name = operation(*args, **(kwargs or {})), operation.overloadpacket.__name__
+        if name in self.counts and result.shape[-1] == self.vocab_size:
+            self.counts[name] += 1
+        return result
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_frozen_head_is_not_copied_for_each_row(kind, model_folder):
+    """Of the sampler, which takes the last column of the prompts, and of the reference, which takes some."""
+    folder = model_folder(kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = common.copy_network(load_policy(folder, tokenizer, 20)).requires_grad_(False)
+    prompts = torch.randint(1, 11, (3, 6))
+    sequences, args = torch.randint(1, 11, (3, 10)), Args(dtype="float32", response_length=4)
+    with Heads(model.config.vocab_size) as heads, torch.no_grad():
+        rollout(model, prompts, torch.ones_like(prompts).bool(), 3, [0])
+        common.policy_logprobs(model, sequences, torch.ones_like(sequences).bool(), args)
+    assert heads.counts["mm"] >= 4 and not heads.counts["bmm"]
