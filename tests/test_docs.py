@@ -197,7 +197,7 @@ def commands():
     for name, text in DOCS.items():
         for command in re.findall(r"^    (?:.*&& )?((?:python|torchrun) .*)$", text.replace("\\\n", ""), re.MULTILINE):
             words = shlex.split(command, comments=True)
-            script = next((word for word in words if word.removesuffix(".py") in SCRIPTS), None)
+            script = next((word for word in words if word in [f"{name}.py" for name in SCRIPTS]), None)
             if script:
                 yield name, script.removesuffix(".py"), words[words.index(script) + 1 :]
 
