@@ -431,7 +431,7 @@ def load_policy(args, tokenizer, ids):
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # it would stop the gradient of the padding id, which may be an end token
-    # Columns cut out of the hidden states are not contiguous, and PyTorch would copy a frozen head for each of the rows.
+    # Columns cut out of the hidden states are not contiguous, and PyTorch would copy a frozen head for each row.
     policy.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
     if args.lora_rank:
         add_adapters(policy, args)
