@@ -11,7 +11,7 @@ import types
 
 import torch
 import torch._decomp.decompositions_for_jvp  # noqa: F401  before functions of torch are replaced
-from conftest import ROOT, run_main
+from helpers import ROOT, run_main
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  the same
@@ -173,7 +173,7 @@ def run_on_it(name, flags):
         setattr(torch, function, without_device(getattr(torch, function)))
     generator = torch.Generator
     torch.Generator = lambda device: generator("cpu")
-    common.MIN_REPLAYS = 8
+    common.MIN_REPLAYS, common.NUM_SORT_PROMPTS = 8, 2**9
     common.save_model = common.save_checkpoint = lambda *args: None  # files are written from memory it does not have
     run_main(script, *flags)
     print(f"{Graph.num_captures} captures, {Graph.num_replays} replays")

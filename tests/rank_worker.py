@@ -15,7 +15,7 @@ import ppo_lm
 import trpo_lm
 
 import torch
-from conftest import SHAPES, recorded_gradients, run_main, tiny_model
+from helpers import SHAPES, recorded_gradients, run_main, tiny_model
 from test_shared_prompts import make_batch
 from torch.distributed.tensor import DTensor
 

@@ -9,7 +9,7 @@ import trpo_lm
 
 import pytest
 import torch
-from conftest import run_main, run_script
+from helpers import run_main, run_script
 
 GOOD_ROW = {"prompt": "ab", "reference": "ba"}
 

@@ -13,7 +13,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -14,7 +14,7 @@ import common
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, run_main
+from helpers import ROOT, SCRIPTS, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}

@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from conftest import ROOT, finish, fork
+from helpers import ROOT, finish, fork
 from pretend_gpu import run_on_it
 from test_runs import scalars
 
@@ -15,7 +15,12 @@ PENALTY = ["--surrogate", "kl_penalty", "--activation-checkpointing"]
 CASES = [  # script, model, flags, largest gap
     ("reinforce_lm", "gpt2", ["--total-episodes", 32, *GREEDY, "--response-length", 22], 1e-5),
     ("ppo_lm", "qwen3", ["--total-episodes", 16, "--dtype", "bfloat16", "--target-kl", 0.01, *PENALTY], 0.1),
-    ("trpo_lm", "qwen2", ["--total-episodes", 16, "--truncation", "bootstrap", "--fvp-fraction", 0.5], 1e-5),
+    (
+        "trpo_lm",
+        "qwen2",
+        ["--total-episodes", 16, "--truncation", "bootstrap", "--fvp-fraction", 0.5, "--cg-iters", 3],
+        1e-5,
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ import trpo_lm
 import peft
 import pytest
 import torch
-from conftest import SCRIPTS, SHAPES, error_line, run_main, tiny_model
+from helpers import SCRIPTS, SHAPES, error_line, run_main, tiny_model
 from test_runs import assert_same, scalars
 from test_shared_prompts import ROWS, make_batch, plain_inputs
 from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import SCRIPTS, SHAPES, error_line, load_policy, recorded_gradients, rollout, run_main, tiny_model
+from helpers import SCRIPTS, SHAPES, error_line, load_policy, recorded_gradients, rollout, run_main, tiny_model
 from test_rollout import ragged_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,7 +202,6 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_compile_runs_the_update_and_nothing_else(script, tmp_path, monkeypatch, model_folder):
     """With a compiler that counts and changes nothing, which takes the time out of it."""
-    monkeypatch.setattr(common, "MIN_SAVED_TOKENS", 0)
     torch.compiler.reset()  # what other tests compiled counts against a limit
     compiled = []
 

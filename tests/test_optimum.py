@@ -9,7 +9,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import load_policy, run_main, tiny_model
+from helpers import load_policy, run_main, tiny_model
 from test_reinforce import MASK, RESPONSES, SCORES
 
 

@@ -15,7 +15,7 @@ from ppo_lm import (
 
 import pytest
 import torch
-from conftest import recorded_gradients, run_main, tiny_model
+from helpers import recorded_gradients, run_main, tiny_model
 from test_reinforce import MASK, SCORES, Enumerated
 from test_runs import scalars
 

@@ -13,7 +13,7 @@ import reinforce_lm
 
 import pytest
 import torch
-from conftest import ROOT, finish, fork, fork_ranks, run_main
+from helpers import ROOT, finish, fork, fork_ranks, run_main
 from rank_worker import KINDS, RUNS, work, work_on, work_without_runs
 from safetensors.torch import load_file
 from test_runs import assert_same, scalars, texts
@@ -139,34 +139,6 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
     assert len(set(of_one_seed)) == len(of_one_seed) == 2 * 3 * 4  # ranks x iterations x prompts, within one epoch
 
 
-def torchrun(tmp_path, *flags):
-    """Run reinforce_lm.py on two ranks as the README says; returns the finished process and its seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["reinforce_lm.py", "--device", "cpu", "--batch-size", "32", "--eval-size", "4", "--eval-every", "0"]
-    command += ["--output-dir", tmp_path / "runs", *flags]
-    start = time.time()
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=150)
-    return result, time.time() - start
-
-
-def test_torchrun_with_one_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)  # as in torchrun's processes
-    result, _ = torchrun(tmp_path, "--total-episodes", 96, "--save-every", 1)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("final eval_score") == 1 and "on 2 x cpu" in result.stdout
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 96
-    last = run_dir / "checkpoint_00000003.pt"
-    expected = torch.load(last)["policy"]["weights"]
-    last.unlink()
-    ranks = fork_ranks(2, run_main, reinforce_lm, "--resume", run_dir, output=tmp_path / "resumed")
-    finish(ranks, [tmp_path / "resumed.0", tmp_path / "resumed.1"])
-    assert (tmp_path / "resumed.0").read_text().count("final eval_score") == 1
-    assert "final" not in (tmp_path / "resumed.1").read_text()
-    for name, weight in torch.load(last)["policy"]["weights"].items():
-        assert torch.equal(weight, expected[name]), f"a resumed run differs in {name}"
-
-
 @pytest.mark.parametrize(
     "script, flags",
     [("ppo_lm", ["--update-epochs", 2]), ("trpo_lm", ["--lora-rank", 2, "--fvp-fraction", 1, "--cg-iters", 3])],
@@ -215,15 +187,30 @@ def reward_file(tmp_path, death):
     return f"{tmp_path}/mine.py:score"
 
 
-def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path):
-    reward = reward_file(tmp_path, "os._exit(7)")
+def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path, monkeypatch):
+    """As the README says, on two ranks of which rank 0 alone writes. The others end within a minute."""
+    flags = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--save-every", 1, "--total-episodes", 128]
+    flags += ["--reward", reward_file(tmp_path, "os._exit(7)"), "--device", "cpu", "--output-dir", tmp_path / "runs"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "reinforce_lm.py"]
     for _ in range(3):  # torchrun may stop rank 0, rarely, before that has noticed anything
-        result, seconds = torchrun(tmp_path, "--reward", reward, "--total-episodes", 32_000)
-        assert result.returncode != 0 and seconds < 60
+        start = time.time()
+        result = subprocess.run([*map(str, command + flags)], cwd=ROOT, capture_output=True, text=True, timeout=150)
+        assert result.returncode != 0 and time.time() - start < 60
         assert "exitcode  : 7" in result.stderr, result.stderr
         if "rank      : 1" in result.stderr:
-            return
-    pytest.fail(result.stderr)
+            break
+    else:
+        pytest.fail(result.stderr)
+    assert result.stdout.count("on 2 x cpu") == result.stdout.count("evaluation after 0 episodes") == 1
+    run_dir = max((tmp_path / "runs").iterdir())
+    assert (run_dir / "checkpoint_00000001.pt").exists()
+    reward_file(tmp_path, "pass")
+    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)  # as in torchrun's processes
+    ranks = fork_ranks(2, run_main, reinforce_lm, "--resume", run_dir, output=tmp_path / "resumed")
+    finish(ranks, [tmp_path / "resumed.0", tmp_path / "resumed.1"])
+    assert (tmp_path / "resumed.0").read_text().count("final eval_score") == 1
+    assert "final" not in (tmp_path / "resumed.1").read_text()
+    assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 128
 
 
 def test_a_reward_that_fails_on_one_rank_is_one_line_there(tmp_path):

@@ -5,7 +5,7 @@ import reinforce_lm
 
 import pytest
 import torch
-from conftest import error_line, load_policy, rollout, run_main, tiny_model
+from helpers import error_line, load_policy, rollout, run_main, tiny_model
 from safetensors.torch import load_file, save_file
 from test_runs import scalars
 from tokenizers import processors

@@ -11,7 +11,7 @@ from reinforce_lm import Args
 
 import pytest
 import torch
-from conftest import load_policy, rollout, tiny_model
+from helpers import load_policy, rollout, tiny_model
 from transformers import AutoModelForCausalLM
 
 KINDS = ["gpt2", "llama"]

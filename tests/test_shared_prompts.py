@@ -7,7 +7,7 @@ from ppo_lm import Args
 
 import pytest
 import torch
-from conftest import SHAPES, tiny_model
+from helpers import SHAPES, tiny_model
 
 R = 4
 # Prompt lengths, and which prompt each row has. A prompt of one token shares nothing.

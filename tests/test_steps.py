@@ -12,7 +12,7 @@ import trpo_lm
 
 import pytest
 import torch
-from conftest import flat_gradient, recorded_gradients, run_main, tiny_model
+from helpers import flat_gradient, recorded_gradients, run_main, tiny_model
 from test_runs import scalars
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

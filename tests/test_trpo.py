@@ -10,7 +10,7 @@ from trpo_lm import Args
 
 import pytest
 import torch
-from conftest import load_policy, run_main, tiny_model
+from helpers import load_policy, run_main, tiny_model
 from test_reinforce import MASK, SCORES, Enumerated
 from test_runs import scalars
 from transformers.models.llama import modeling_llama

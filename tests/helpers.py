@@ -1,0 +1,148 @@
+"""Small models, runs and processes that the tests share."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["reinforce_lm", "ppo_lm", "trpo_lm"]
+
+
+def error_line(capsys):
+    """The line on standard error that tells the user what is wrong."""
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    return line
+
+
+SIZE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+SIZE |= dict(max_position_embeddings=32, head_dim=8)
+SHAPES = {
+    "gpt2": dict(n_positions=32, n_embd=16, n_layer=2, n_head=2),
+    "llama": SIZE,
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "gemma2": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),  # logits and scores are capped
+    "gemma3_text": SIZE | dict(sliding_window=4, query_pre_attn_scalar=8),
+}
+
+
+def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
+    """A causal language model with loud random weights, so that its distribution is far from uniform."""
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **(SHAPES.get(kind, {}) | settings))
+    config.bos_token_id = config.eos_token_id = 0
+    config.pad_token_id = pad_token_id
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model
+
+
+def run_main(script, *flags):
+    """Run a script's main in this process, as its command line would, with TINY's defaults for every model."""
+    argv = [str(flag) for flag in flags]
+    with common.one_line_errors():
+        if "--resume" in argv:
+            return script.main(*common.parse_flags(script.Args, script.TINY, argv))
+        return script.main(common.parse(script.Args, argv, script.Args(**script.TINY), ""))
+
+
+def run_script(name, *flags, cwd=ROOT, check=True, **settings):
+    """Run a script as a user does; returns the finished process with its output as text."""
+    command = [sys.executable, f"{name}.py", *map(str, flags)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, **settings)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def run_with_output(function, args, output, environment):
+    """Call `function` in this process, whose output goes to a file."""
+    file = open(output, "w", buffering=1)
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file  # multiprocessing writes the traceback of an error there
+    os.environ.update(environment)
+    function(*args)
+
+
+def fork(function, *args, output, environment=(), start="fork"):
+    """Call `function` in a copy of this process, which saves the seconds of an import; its output goes to a file.
+
+    With `start="forkserver"` it is a copy of a process that has imported the modules and done nothing else.
+    """
+    multiprocessing.set_forkserver_preload(["pretend_gpu"])
+    process = multiprocessing.get_context(start).Process(
+        target=run_with_output, args=(function, args, output, environment)
+    )
+    process.start()
+    return process
+
+
+def fork_ranks(world_size, function, *args, output):
+    """`fork` for each of `world_size` ranks, as torchrun would start them; returns the processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in map(str, range(world_size)):
+        environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=rank, LOCAL_RANK=rank)
+        environment |= dict(WORLD_SIZE=str(world_size))
+        processes.append(fork(function, *args, output=f"{output}.{rank}", environment=environment))
+    return processes
+
+
+def finish(processes, outputs):
+    """Wait for forked processes; fails with the output of the first that did not end well."""
+    for process, output in zip(processes, outputs, strict=True):
+        process.join(60)
+        assert process.exitcode == 0, Path(output).read_text()
+
+
+def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=False):
+    """`common.load_policy` for one prompt and response of `context_length` tokens."""
+    flags = argparse.Namespace(
+        model=model, seed=seed, trust_remote_code=trust_remote_code, response_length=1, lora_rank=0
+    )
+    return common.load_policy(flags, tokenizer, [[0] * (context_length - 1)])
+
+
+def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, **settings):
+    """`common.rollout` with the flags that it reads given by name."""
+    flags = dict(response_length=response_length, temperature=1.0, rollout_batch_size=2**20, cuda_graph=True)
+    flags = {name: settings.pop(name, value) for name, value in flags.items()}
+    flags = argparse.Namespace(**flags)
+    return common.rollout(model, prompts, prompt_mask, end_ids, flags, samples_per_prompt, **settings)
+
+
+def flat_gradient(optimizer):
+    """The gradient that `optimizer` is about to step with, of all ranks, as one vector in float64."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.cat([common.whole(gradient).flatten().double() for gradient in gradients])
+
+
+@contextlib.contextmanager
+def recorded_gradients(optimizer_class, record=flat_gradient):
+    """Collect what `record` says of an optimizer before each of its steps: a list."""
+    steps, step = [], optimizer_class.step
+
+    def recording_step(self, *args, **settings):
+        steps.append(record(self))
+        return step(self, *args, **settings)
+
+    optimizer_class.step = recording_step
+    try:
+        yield steps
+    finally:
+        optimizer_class.step = step
