@@ -294,9 +294,10 @@ def set_parameters(policy, vector):
         common.local(policy.get_parameter(name)).copy_(value)
 
 
-def take_gradient(policy):
-    """The gradient that the backward passes added up, of all ranks, as one (D,) vector; it is reset."""
-    vector = torch.cat([common.local(p.grad).flatten() for p in common.parameters_with_gradients(policy)])
+def take_gradient(policy, out=None):
+    """The gradient that the backward passes added up, of all ranks, as one (D,) vector, `out` if given; it is reset."""
+    gradients = [common.local(p.grad).flatten() for p in common.parameters_with_gradients(policy)]
+    vector = torch.cat(gradients, out=out)
     policy.zero_grad()
     return vector
 
@@ -333,8 +334,11 @@ def jacobian_vector_product(policy, vector, inputs, args):
 
 
 @torch.compiler.set_stance("force_eager")
-def fisher_vector_product(vector, policy, batch, micro_batches, args):
-    """F v over the response tokens of the micro-batches on all ranks, in Gauss-Newton form: (D,) -> (D,)."""
+def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
+    """F v over the response tokens of the micro-batches on all ranks, in Gauss-Newton form: (D,) -> (D,).
+
+    out: a (D,) vector for the result, if there is one to write over: on a CPU, new memory takes long to get.
+    """
     num_tokens = all_reduce(sum(batch[2][inds].sum() for inds in micro_batches))
     for inds in micro_batches:
         *inputs, mask = [tensor[inds] for tensor in batch]
@@ -345,7 +349,7 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args):
         del logits, p  # as large as what the pass below keeps
         with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
             (common.response_logits(policy, *inputs, args) / args.temperature).backward(change)
-    return take_gradient(policy)  # (8)
+    return take_gradient(policy, out)  # (8)
 
 
 def fisher_quadratic_form(vector, policy, batch, micro_batches, num_tokens, args):
@@ -378,10 +382,9 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
         curvature += damping * dot(direction, direction)
         if not 0 < curvature < torch.inf:
             break
-        curved = curved.add_(direction, alpha=damping)
+        curved.add_(direction, alpha=damping)
         x.add_(direction, alpha=residual_squared / curvature)  # (9)
         residual.sub_(curved, alpha=residual_squared / curvature)
-        del curved  # (D,), before the next product makes its own
         previous, residual_squared = residual_squared, dot(residual, residual)
         direction.mul_(residual_squared / previous).add_(residual)
         iteration += 1
@@ -425,7 +428,7 @@ def line_search(policy, theta, step, predicted_gain, gain_and_kl, max_kl, args):
     max_tries = args.backtrack_iters if 0 < predicted_gain < torch.inf else 0  # a zero or NaN gradient has no step
     for tried in range(max_tries):
         fraction = args.backtrack_coeff**tried
-        set_parameters(policy, theta + fraction * step)
+        set_parameters(policy, torch.add(theta, step, alpha=fraction))
         gain, kl = gain_and_kl()
         if kl <= max_kl and args.accept_ratio * fraction * predicted_gain <= gain < torch.inf:  # (11)
             return fraction, gain, kl, tried + 1
@@ -577,7 +580,7 @@ def main(args, checkpoint=None):
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
         rows = torch.randperm(local_batch_size, generator=make_generator("cpu", *key)).to(device)  # of many prompts
         rows = rows[: max(1, round(args.fvp_fraction * local_batch_size))]
-        subset = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args
+        subset = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args, torch.empty_like(g)
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
             lambda v, i=subset: fisher_vector_product(v, *i), g, args.cg_iters, args.cg_damping, args.cg_tol
         )
@@ -588,7 +591,7 @@ def main(args, checkpoint=None):
         fraction, gain, kl, tried = line_search(
             policy, theta, x.mul_(scale), predicted_gain, lambda i=whole: surrogate_gain_and_kl(*i), max_kl, args
         )
-        del theta, g, x, whole  # as large as the policy: freed before the critic's update and the next batch
+        del theta, g, x, whole, subset  # as large as the policy: freed before the critic's update and the next batch
         if rank == 0 and not fraction:
             why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
             common.show(f"iteration {iteration}: policy not updated, {why}")

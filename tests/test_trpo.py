@@ -400,9 +400,9 @@ def test_critic_does_not_move_the_policy_nor_the_policy_the_critic(tmp_path):
 def test_products_have_other_rows_in_each_iteration_and_each_row_once(tmp_path, monkeypatch):
     seen, product = [], trpo_lm.fisher_vector_product
 
-    def recording_product(vector, policy, batch, micro_batches, args):
+    def recording_product(vector, policy, batch, micro_batches, *rest):
         seen.append(torch.cat(micro_batches).tolist())
-        return product(vector, policy, batch, micro_batches, args)
+        return product(vector, policy, batch, micro_batches, *rest)
 
     monkeypatch.setattr(trpo_lm, "fisher_vector_product", recording_product)
     flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--fvp-fraction", 0.375]
