@@ -45,7 +45,7 @@ import time
 import traceback
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
@@ -193,15 +193,15 @@ def parse_flags(args_class, tiny, argv=None):
     description = f"{script}\n\nThe defaults below are for a pretrained --model. A run without --model learns "
     description += f"to sort digits, from random weights, with these defaults instead: {listed}."
     args, checkpoint = parse(args_class, argv, args_class(), description), None
-    defaults = {field.name: field.default for field in fields(args_class)} | (tiny if args.model == "tiny" else {})
+    defaults = asdict(args_class()) | (tiny if args.model == "tiny" else {})
     if args.resume:
         checkpoint = load_checkpoint(args.resume)
         defaults = {name: checkpoint["args"].get(name, value) for name, value in defaults.items()}
     elif args.lora_rank:  # adapters take about ten times the rates of full training (Schulman et al. 2025)
         defaults = {name: 10 * x if name.endswith("learning_rate") else x for name, x in defaults.items()}
     args = parse(args_class, argv, args_class(**defaults), description)
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first and args.resume and (".py:" in args.reward or args.trust_remote_code):
+    runs_code = args.resume and (".py:" in args.reward or args.trust_remote_code)
+    if runs_code and os.environ.get("RANK", "0") == "0":
         show(f"--resume runs code: --reward {args.reward}, --trust-remote-code {args.trust_remote_code}", sys.stderr)
     return args, checkpoint
 
@@ -300,10 +300,7 @@ def variance(values, mask):
 
 
 def whiten(values, mask, shift_mean=True):
-    """Subtract the mean, unless `shift_mean` is False, divide by the standard deviation, and mask the result.
-
-    Both are taken over the True entries of `mask` on all ranks.
-    """
+    """Shift (if `shift_mean`) and scale to mean 0 and deviation 1 where `mask` is True, over all ranks; 0 elsewhere."""
     shift = mean(values, mask) if shift_mean else 0.0
     return ((values - shift) / (variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
 
@@ -541,18 +538,16 @@ def shards(network):
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
+# Calls a function so that the backward pass computes it again; without gradient, as in sampling, just calls it.
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 def checkpoint_activations(network):
     """Make the layers keep only their inputs for the backward pass, which computes the rest again."""
-
-    def run(forward, *inputs, **settings):
-        if not torch.is_grad_enabled():  # as in sampling, which needs the cache
-            return forward(*inputs, **settings)
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **settings)
-
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     require(layers, "--activation-checkpointing", "a model whose layers transformers can checkpoint", type(network))
     for layer in layers:
-        layer.forward = functools.partial(run, layer.forward)
+        layer.forward = functools.partial(recomputed, layer.forward)
 
 
 @contextlib.contextmanager
@@ -562,20 +557,13 @@ def whole_weights(sampler, policy):
 
     All ranks have to call this. Frozen parameters, and a sampler that is the policy, stay as they are.
     """
-    copies, copied = dict(zip(policy.modules(), sampler.modules())), []
-    for module in shards(policy):
-        is_shard = isinstance(module, FSDPModule)
-        if is_shard:
-            module.unshard()
-        for new, old in zip(module.parameters(), copies[module].parameters()):
-            if new.requires_grad and new is not old and not isinstance(new, DTensor):  # not another module's to gather
-                old.data = new.to(old.dtype, copy=True)
-                copied.append(old)
-        if is_shard:
-            module.reshard()
+    pairs = zip(sampler.parameters(), policy.parameters())
+    pairs = [(old, new) for old, new in pairs if new.requires_grad and new is not old]
+    for old, new in pairs:
+        old.data = whole(new).to(old.dtype, copy=True)
     yield
-    for parameter in copied:
-        parameter.data = parameter.new_empty(0)
+    for old, _ in pairs:
+        old.data = old.new_empty(0)
 
 
 @contextlib.contextmanager
@@ -584,33 +572,26 @@ def replaced_parameters(network, tensors, replace):
 
     tensors: {name: tensor in the shape of this rank's part of the parameter}. They are gathered when a layer runs.
     """
-    shard_of = {module: shard for shard in shards(network) for module in shard.modules()}  # the innermost
     replacements = {network.get_parameter(name): tensor for name, tensor in tensors.items()}
-    places = [
-        (module, name, parameter, replacements[parameter])
-        for module in network.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter in replacements
-    ]
+    shard_of = {module: shard for shard in shards(network) for module in shard.modules()}  # the innermost
+    places = {shard: [] for shard in shards(network)}
+    for module, shard in shard_of.items():
+        parameters = module.named_parameters(recurse=False)
+        places[shard] += [(module._parameters, name, p) for name, p in parameters if p in replacements]
 
     def enter(shard, inputs):
-        for module, name, parameter, tensor in places:
-            if shard_of[module] is shard:
-                module._parameters[name] = replace(module._parameters[name].detach(), gathered(tensor, parameter))
+        for held, name, parameter in places[shard]:
+            held[name] = replace(held[name].detach(), gathered(replacements[parameter], parameter))
 
     def leave(shard, inputs, output):
-        for module, name, parameter, _ in places:
-            if shard_of[module] is shard:
-                module._parameters[name] = parameter
+        for held, name, parameter in places[shard]:
+            held[name] = parameter
 
-    handles = [shard.register_forward_pre_hook(enter) for shard in shards(network)]
-    handles += [shard.register_forward_hook(leave) for shard in shards(network)]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for shard in places:
+            hooks.enter_context(shard.register_forward_pre_hook(enter))
+            hooks.enter_context(shard.register_forward_hook(leave))
+        yield
 
 
 def gather_state(network, *optimizers):
@@ -632,10 +613,7 @@ def save_model(args, tokenizer, ids, weights, folder):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; raise `InputError` if that fails.
 
     It is written under another name and renamed: a folder is whole or not there. Adapters are saved beside it, in
-    `adapter`, and then merged.
-
-    Args:
-        args, tokenizer, ids: of `load_policy`, for --model is loaded anew. weights: those of the policy to replace.
+    `adapter`, and then merged. The model is loaded anew, by `load_policy`, and gets the `weights`.
     """
     transformers.utils.logging.disable_progress_bar()
     model = load_policy(replace(args, dtype="float32"), tokenizer, ids)
@@ -789,13 +767,10 @@ def token_statistics(logits, tokens, temperature):
         return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     length = logits.shape[1]
-    flat = logits.flatten(0, 1), tokens[:, :length].flatten()  # (b r, V), (b r,)
-    pieces = [tensor.split(max(1, 2**22 // logits.shape[-1])) for tensor in flat]
-    if len(pieces[0]) == 1:
-        logprobs, entropy = of_rows(pieces[0][0], pieces[1][0])
-    else:
-        again = functools.partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
-        logprobs, entropy = [torch.cat(parts) for parts in zip(*map(again, *pieces))]
+    n = max(1, 2**22 // logits.shape[-1])
+    pieces = list(zip(logits.flatten(0, 1).split(n), tokens[:, :length].flatten().split(n)))
+    run = functools.partial(recomputed, of_rows) if len(pieces) > 1 else of_rows
+    logprobs, entropy = [torch.cat(parts) for parts in zip(*(run(*piece) for piece in pieces))]  # (b r,), (b r,)
     padding = 0, tokens.shape[1] - length
     return tuple(torch.nn.functional.pad(values.view(-1, length), padding) for values in (logprobs, entropy))
 
@@ -1059,24 +1034,18 @@ class Decoder:
         self.tokens.copy_(tokens)
         self.positions += 1
         self.length += 1
-        on_cuda = tokens.device.type == "cuda"
-        steps_left = self.attention_mask.shape[1] - self.length  # this one included
-        if self.fixed_size and on_cuda and (self.graph or steps_left >= MIN_REPLAYS):
-            self.graph = self.graph or self.capture()
+        if self.graph:
             self.graph.replay()  # writes to self.logits
-        else:
-            self.logits = self.forward()
+            return
+        self.logits = self.forward()
+        if self.fixed_size and self.attention_mask.shape[1] - self.length >= MIN_REPLAYS:
+            self.graph = self.capture()
 
     def forward(self):
         """A pass over `self.tokens`, which on CUDA, like the other tensors, keeps its place in memory."""
-        output = self.model(
-            self.tokens,
-            attention_mask=self.attention_mask if self.fixed_size else self.attention_mask[:, : self.length],
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        mask = self.attention_mask if self.fixed_size else self.attention_mask[:, : self.length]
+        settings = dict(position_ids=self.positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(self.tokens, attention_mask=mask, **settings)
         if self.cache is None:
             self.cache = getattr(output, "past_key_values", None)
             kinds = {type(layer) for layer in getattr(self.cache, "layers", [None])}
@@ -1085,19 +1054,12 @@ class Decoder:
         return output.logits[:, -1]
 
     def capture(self):
-        """Record the kernels of `forward` as a CUDA graph."""
-        lengths = [layer.cumulative_length.clone() for layer in self.cache.layers]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        """Record the kernels of `forward` as a CUDA graph, after a pass in which libraries allocated workspaces."""
+        graph, logits = torch.cuda.CUDAGraph(), self.logits
         with blame("--cuda-graph: this model needs --no-cuda-graph"):
-            with torch.cuda.stream(stream):
-                self.forward()  # libraries allocate their workspaces in the first pass
-            torch.cuda.current_stream().wait_stream(stream)
-            for layer, length in zip(self.cache.layers, lengths):
-                layer.cumulative_length.copy_(length)
-            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
-                self.logits = self.forward()
+                self.logits = self.forward()  # where replays write; recorded and not run
+        self.logits.copy_(logits)
         return graph
 
 
@@ -1147,11 +1109,11 @@ class RewardModel:
 
     def __init__(self, name, logit=-1, batch_size=64, device="cpu", trust_remote_code=False):
         """Load the checkpoint `name`, in bfloat16 on CUDA, in float32 elsewhere. batch_size: texts at once."""
-        load = transformers.AutoModelForSequenceClassification.from_pretrained
-        settings = dict(dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        settings = dict(dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True)
         with blame(f"--reward: expected a sequence classifier in {name!r}"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            self.model, keys = load(name, output_loading_info=True, trust_remote_code=trust_remote_code, **settings)
+            self.model, keys = transformers.AutoModelForSequenceClassification.from_pretrained(name, **settings)
         # A head with random weights, or one that lost its bias, still returns numbers.
         of_head = [key for key in keys["unexpected_keys"] if not key.startswith(self.model.base_model_prefix + ".")]
         wrong = sorted(keys["missing_keys"]) + of_head
@@ -1174,18 +1136,16 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts, responses, **columns):
         """Texts -> (B,) float32 scores."""
-        template, is_text = self.tokenizer.apply_chat_template, isinstance(prompts[0], str)
-        pairs, scores = list(zip(prompts, responses)), []
-        for start in range(0, len(pairs), self.batch_size):
-            batch = pairs[start : start + self.batch_size]
-            if is_text:
-                texts = [prompt + response for prompt, response in batch]
-            else:
-                chats = [[*prompt, {"role": "assistant", "content": response}] for prompt, response in batch]
-                texts = [template(chat, tokenize=False) for chat in chats]
-            settings = dict(truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
-            settings |= dict(add_special_tokens=is_text)  # a chat template has written them already
-            inputs = self.tokenizer(texts, **settings).to(self.device)
+        is_text, pairs, scores = isinstance(prompts[0], str), zip(prompts, responses), []
+        if is_text:
+            texts = [prompt + response for prompt, response in pairs]
+        else:
+            chats = [[*prompt, {"role": "assistant", "content": response}] for prompt, response in pairs]
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
+        settings = dict(truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+        settings |= dict(add_special_tokens=is_text)  # a chat template has written them already
+        for start in range(0, len(texts), self.batch_size):
+            inputs = self.tokenizer(texts[start : start + self.batch_size], **settings).to(self.device)
             scores.append(self.model(**inputs).logits[:, self.logit].float())
         return torch.cat(scores).cpu()
 

@@ -124,8 +124,7 @@ def capture(graph, capture_error_mode):
 class Device(backend_registration._DummyBackendModule):
     """What torch.cuda is to a GPU."""
 
-    Stream = current_stream = lambda self: types.SimpleNamespace(wait_stream=lambda stream: None)
-    CUDAGraph, graph, stream = Graph, staticmethod(capture), contextlib.nullcontext
+    CUDAGraph, graph = Graph, staticmethod(capture)
 
     def is_available(self):
         return True
