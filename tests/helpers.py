@@ -107,7 +107,10 @@ def finish(processes, outputs):
     """Wait for forked processes; fails with the output of the first that did not end well."""
     for process, output in zip(processes, outputs, strict=True):
         process.join(60)
-        assert process.exitcode == 0, Path(output).read_text()
+        if process.exitcode != 0:
+            for other in processes:
+                other.kill()  # or pytest would wait for them
+            raise AssertionError(Path(output).read_text())
 
 
 def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=False):

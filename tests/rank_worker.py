@@ -115,7 +115,7 @@ KINDS = {"gpt2": {}, "llama": {}, "qwen3": {}, "gemma2": {}, "mixtral": SHAPES["
 def passes(kind, rank, world_size):
     """Of rows that are spread over the ranks: gradients, a Fisher-vector product, a refreshed copy; and what is whole.
 
-    The prompts of the first four rows are worth sharing, those of the last four are not.
+    With two ranks a micro-batch of each has prompts that are worth sharing, and another one only on the first rank.
     """
     policy = tiny_model(kind, **KINDS[kind])
     critic = ppo_lm.Critic(policy)
@@ -123,9 +123,9 @@ def passes(kind, rank, world_size):
     args = trpo_lm.Args(dtype="float32", response_length=4, micro_batch_size=4, activation_checkpointing=True)
     copied = common.copy_network(policy, torch.float32)
     networks = [common.prepare(network, torch.device("cpu"), args) for network in (critic, policy)]
-    sequences, mask = make_batch([9, 7, 8, 6, 5, 4, 3], [0, 0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6])
-    mine = torch.arange(12).tensor_split(world_size)[rank]
-    batch, weights = (sequences[mine], mask[mine], mask[mine, -4:]), torch.linspace(-1, 1, 48).view(12, 4)[mine]
+    sequences, mask = make_batch([9, 7, 8, 6, 5, 4, 3], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])
+    mine = torch.arange(16).tensor_split(world_size)[rank]
+    batch, weights = (sequences[mine], mask[mine], mask[mine, -4:]), torch.linspace(-1, 1, 64).view(16, 4)[mine]
     micro_batches, seen = torch.arange(len(mine)).split(4), {}
     for inds in micro_batches:
         inputs = batch[0][inds], batch[1][inds]

@@ -61,7 +61,7 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--kl-coef", "0", "--kl-target", "6"], ["--kl-target", "--kl-coef", "0"]),
         (["--eval-size", "0"], ["--eval-size", "a positive number", "0"]),
         (["--seed", "-1"], ["--seed", "0 or more", "-1"]),
-        (["--kl-target", "6", "--kl-horizon", "50"], ["--kl-horizon", "50"]),
+        (["--kl-target", "6", "--kl-horizon", "51"], ["--kl-horizon", "at least 52", "51"]),
         (["--output-dir", "/dev/null/runs"], ["--output-dir"]),
         (["--device", "tpu"], ["--device", "auto", "tpu"]),
     ],
@@ -157,6 +157,19 @@ def test_bad_held_out_data(tmp_path, capsys, monkeypatch):
     (tmp_path / "data.jsonl").write_text(lines(GOOD_ROW, "{broken"))
     error = message_of(capsys, monkeypatch, "--eval-dataset", tmp_path / "data.jsonl")
     assert "--eval-dataset" in error and "row 2" in error
+    (tmp_path / "data.jsonl").write_text(lines(GOOD_ROW))
+    (tmp_path / "eval.jsonl").write_text(lines({"prompt": "1"}))
+    files = ["--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "eval.jsonl"]
+    assert "--reward match ('1'): expected a text reference" in message_of(capsys, monkeypatch, *files)
+
+
+def test_what_ranks_have_too_little_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "start_ranks", lambda device: (0, 2, torch.device("cpu")))
+    flags = ["--batch-size", 16, "--total-episodes", 16, "--output-dir", tmp_path]
+    error = message_of(capsys, monkeypatch, *flags, "--num-minibatches", 9, script=ppo_lm)
+    assert "--num-minibatches: expected at most the 8 responses of a rank, found 9" in error
+    error = message_of(capsys, monkeypatch, *flags, "--eval-size", 1)
+    assert "--eval-size: expected a held-out prompt for each of the 2 ranks, found 1" in error
 
 
 @pytest.mark.parametrize(

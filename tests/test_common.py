@@ -128,6 +128,15 @@ def test_jsonl_columns_and_split(tmp_path):
     assert len(train.rows) == 50 and [row["reference"] for row in held_out.rows] == list(range(8))
 
 
+def test_held_out_data_may_have_characters_of_its_own_and_files_a_byte_order_mark(tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "ab", "reference": "b"}] * 3)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    eval_path = write_rows(tmp_path / "eval.jsonl", [{"prompt": "cd", "reference": "e"}])
+    tokenizer, train, held_out = load(path, eval_path)
+    assert set(tokenizer.get_vocab()) == {"<end>", *"abcde"}
+    assert len(train.rows) == 3 and held_out.rows == [{"prompt": "cd", "reference": "e"}]
+
+
 def test_columns_that_are_chosen_win_and_other_line_separators_are_text(tmp_path):
     rows = [{"prompt": "old", "q": f"a\u2028b{i}", "reference": "x", "answer": "y"} for i in range(12)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -162,6 +171,8 @@ def test_prompt_stream_visits_each_prompt_once_per_epoch():
     pieces = [common.prompt_indices(7, start, 3, seed=3) for start in range(0, 21, 3)]
     assert sum(pieces, []) == stream
     assert common.prompt_indices(7, 0, 21, seed=4) != stream
+    epochs = {tuple(common.prompt_indices(50, 50 * e, 50, seed)) for seed in (1, 2, 3) for e in (0, 1, 2)}
+    assert len(epochs) == 9, "seeds have no epoch in common"
 
 
 def test_builtin_rewards():
@@ -337,6 +348,11 @@ def test_a_reward_is_called_once_even_if_it_fails():
     assert len(calls) == 1
 
 
+def test_a_full_gpu_in_a_reward_is_no_fault_of_the_reward():
+    with pytest.raises(torch.OutOfMemoryError):
+        score(lambda prompts, responses: exec("raise torch.OutOfMemoryError"))
+
+
 def test_rewards_that_ask_get_facts_and_may_return_parts():
     facts = {"ended": [True, False, True, True], "num_tokens": [1, 2, 3, 4]}
 
@@ -347,6 +363,8 @@ def test_rewards_that_ask_get_facts_and_may_return_parts():
     assert scores.tolist() == [1, -1, 3, 4] and parts["length"].tolist() == [1, 2, 3, 4]
     scores, parts = score(lambda prompts, responses, **columns: [len(columns)] * 4, facts=facts)
     assert scores.tolist() == [0.0] * 4 and parts == {}
+    _, parts = score(lambda prompts, responses: ([0.0] * 4, {"b": [1.0] * 4, "a": [2.0] * 4}))
+    assert list(parts) == ["a", "b"], "in one order on all ranks, which add them up"
     with pytest.raises(InputError, match="--reward mine: expected a list of 4 style, found"):
         score(lambda prompts, responses: ([0.0] * 4, {"style": [1.0]}))
     with pytest.raises(InputError, match="other names than scores, score and exact, found .'scores'"):

@@ -3,7 +3,10 @@
 import importlib
 import re
 
+import common
+
 import pytest
+import torch
 from helpers import ROOT, finish, fork
 from pretend_gpu import run_on_it
 from test_runs import scalars
@@ -39,6 +42,12 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     (run_dir,) = (tmp_path / "runs").iterdir()
     gaps = [gap for _, gap in scalars(run_dir)["policy/sampler_gap"]]
     assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
+
+
+def test_attention_of_cudnn_is_off_whose_gradients_can_be_nan():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    common.start_ranks("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import sys
+import weakref
 
 import common
 from reinforce_lm import Args
@@ -186,7 +187,7 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
     for load in (
         lambda **trust: common.load_tokenizer(str(tmp_path), [], **trust),
         lambda **trust: load_policy(str(tmp_path), tokenizer, 8, 1, **trust),
-        lambda **trust: common.RewardModel(str(tmp_path), **trust),
+        lambda **trust: common.load_reward(Args(reward=f"model:{tmp_path}", **trust), "cpu", []),
     ):
         with pytest.raises(common.InputError):
             load()
@@ -197,6 +198,25 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
         imported.unlink()
         for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
             del sys.modules[name]
+
+
+@pytest.mark.parametrize("script", ["reinforce_lm", "trpo_lm"])
+def test_the_graph_of_the_entropy_is_gone_before_the_backward_pass(script, tmp_path, monkeypatch):
+    policy_logprobs, backward, entropies, alive = common.policy_logprobs, torch.Tensor.backward, [], []
+
+    def recording_logprobs(*inputs):
+        logprobs, entropy = policy_logprobs(*inputs)
+        entropies.append(weakref.ref(entropy))
+        return logprobs, entropy
+
+    def recording_backward(*inputs, **settings):
+        alive.extend(entropy() is not None for entropy in entropies)
+        return backward(*inputs, **settings)
+
+    monkeypatch.setattr(common, "policy_logprobs", recording_logprobs)
+    monkeypatch.setattr(torch.Tensor, "backward", recording_backward)
+    gradients(script, tmp_path, "--total-episodes", 32, "--kl-coef", 0)
+    assert alive and not any(alive)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

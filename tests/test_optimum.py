@@ -18,7 +18,7 @@ from test_reinforce import MASK, RESPONSES, SCORES
     [
         (reinforce_lm, ["--total-episodes", 64 * 300, "--learning-rate", 0.01]),
         (ppo_lm, ["--total-episodes", 64 * 150, "--learning-rate", 0.005, "--num-minibatches", 1]),
-        (trpo_lm, ["--total-episodes", 64 * 50, "--max-kl", 0.02, "--cg-iters", 5, "--num-minibatches", 1]),
+        (trpo_lm, ["--total-episodes", 64 * 60, "--max-kl", 0.05, "--cg-iters", 5, "--num-minibatches", 1]),
     ],
     ids=["reinforce_lm", "ppo_lm", "trpo_lm"],
 )

@@ -69,6 +69,9 @@ def test_two_ranks_log_what_one_logs(run, saved):
             bound = dict(rel=0.05, abs=0.01) if "bfloat16" in run else dict(rel=1e-3, abs=2e-5)
             assert found == pytest.approx(expected, **bound), tag
     assert two.get("policy/ratio_first_minibatch", [(32, 1.0)])[0][1] == 1.0
+    for logged in (one, two):  # tokens of all ranks
+        tokens = logged["time/tokens_per_second"][0][1] * logged["time/iteration_seconds"][0][1]
+        assert tokens == pytest.approx(32 * logged["objective/response_length"][0][1], rel=1e-3)
     one, two = [texts(run_dir)[0] for run_dir in dirs]
     assert len(one) == 7 and two == one[::2], "rank 0 shows the rows that it has"
 
@@ -115,7 +118,7 @@ def test_the_memory_of_a_rank_falls_with_their_number(seen):
     """Weights, gradients and two moments, 16 bytes for each parameter on one rank."""
     of = {world_size: max(rank["memory"]["bytes"] for rank in ranks) for world_size, ranks in seen.items()}
     parameters = seen[1][0]["memory"]["parameters"]
-    assert of[1] > 15 * parameters and of[2] < 0.7 * of[1] and of[3] < 0.55 * of[1], of
+    assert of[1] > 15 * parameters and of[2] < 0.8 * of[1] and of[3] < 0.7 * of[1], of
 
 
 def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from reinforce_lm import (
 import pytest
 import torch
 from helpers import load_policy, recorded_gradients, run_main, tiny_model
+from test_runs import scalars
 
 # Every response of a vocabulary of 3 with at most 2 tokens, where 0 is the end token: [0] is one, [1, 1] is another.
 RESPONSES = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])
@@ -98,6 +99,21 @@ def test_baselines_lower_the_variance(kind):
             second_moment += weight * sum((g**2).sum() for g in gradient)
         spread[name] = second_moment.item()
     assert spread[kind] < 0.2 * spread["none"]
+
+
+def test_the_moving_average_is_that_of_all_ranks(tmp_path, monkeypatch):
+    seen, baseline, mean_of_ranks = [], reinforce_lm.compute_baseline, common.mean
+
+    def recording_baseline(kind, returns, samples_per_prompt, ema, greedy_scores):
+        seen.append(ema)
+        return baseline(kind, returns, samples_per_prompt, ema, greedy_scores)
+
+    monkeypatch.setattr(reinforce_lm, "compute_baseline", recording_baseline)
+    monkeypatch.setattr(common, "mean", lambda *inputs: mean_of_ranks(*inputs) + 1)  # as if others had larger ones
+    flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--baseline", "ema", "--ema-decay", 0]
+    run_main(reinforce_lm, *flags, "--device", "cpu", "--output-dir", tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    assert seen == pytest.approx([0.0, *(value for _, value in scalars(run_dir)["objective/J"][:2])])
 
 
 def test_the_end_token_gets_gradient_and_what_follows_gets_none():

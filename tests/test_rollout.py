@@ -202,6 +202,13 @@ def test_one_cache_at_a_time(monkeypatch):
     assert len(responses) == 4
 
 
+def test_one_row_that_is_not_finite_is_one_line():
+    model, prompts = tiny_model("llama"), torch.tensor([[5, 1], [1, 1]])
+    model.get_input_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(common.InputError, match="finite logits"):
+        rollout(model, prompts, prompts > 0, 1, [0], greedy=True)
+
+
 def test_greedy_rollout_is_the_argmax_of_full_forwards():
     model = tiny_model("llama")
     prompts, ids, mask = ragged_prompts(0)

@@ -219,6 +219,10 @@ def test_learning_rates_fall_linearly_or_stay_and_no_weight_decays(script, annea
 
     with recorded_gradients(torch.optim.AdamW, rates) as steps:
         run_main(importlib.import_module(script), *flags[script], *sizes, *([] if annealed else ["--no-anneal-lr"]))
+    if script != "trpo_lm":
+        (run_dir,) = tmp_path.iterdir()
+        logged = [value for _, value in scalars(run_dir)["policy/learning_rate"]]
+        assert logged == pytest.approx([4e-3 * (1 - i / 4 if annealed else 1) for i in range(4)])
     per_iteration = len(steps) // 4
     for i in range(4):
         found = set().union(*steps[i * per_iteration : (i + 1) * per_iteration])
@@ -504,6 +508,22 @@ def test_any_checkpoint_with_real_text_and_own_reward(kind, tmp_path):
 
 
 FEW = ["--total-episodes", 64, "--batch-size", 32, "--eval-size", 4, "--device", "cpu"]
+
+
+def test_held_out_prompts_may_be_longer_than_all_others(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "12", "reference": "1"}\n' * 9)
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "%s", "reference": "1"}\n' % ("1" * 30))
+    files = ["--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "eval.jsonl"]
+    run_main(reinforce_lm, *FEW, "--total-episodes", 0, *files, "--output-dir", tmp_path / "runs")
+
+
+def test_a_checkpoint_has_the_evaluation_of_its_iteration(tmp_path, capsys):
+    flags = ["--learning-rate", 0.05, "--eval-size", 50, "--output-dir", tmp_path]
+    run_main(reinforce_lm, *FEW, *flags)
+    first = final_line(capsys.readouterr().out)
+    (run_dir,) = tmp_path.iterdir()
+    run_main(reinforce_lm, "--resume", run_dir)
+    assert first["eval_score_before"] != first["eval_score"] == final_line(capsys.readouterr().out)["eval_score"]
 
 
 def error_of(capsys, script, *flags):

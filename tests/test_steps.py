@@ -309,6 +309,8 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, hig
     assert clipped_values[0] == 0 < clipped_values[1] and (surrogate != "clip" or sides == {True, False})
     assert run.logged["policy/entropy"] == pytest.approx([sum(entropies) / len(entropies)], rel=1e-3)
     assert run.logged["loss/policy"] == pytest.approx([sum(losses) / len(losses)], rel=1e-2, abs=1e-4)
+    norms = [gradient.norm().item() for _, _, _, gradient, _ in run.steps[1::2]]
+    assert run.logged["policy/grad_norm"] == pytest.approx([sum(norms) / len(norms)], rel=1e-3)
     r, v = torch.cat(returns), torch.cat(old_values)
     assert run.logged["value/explained_variance"] == pytest.approx([1 - ((r - v).var() / r.var()).item()], rel=1e-3)
     assert run.logged["value/mean"] == pytest.approx([v.mean().item()], rel=1e-3)

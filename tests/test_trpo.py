@@ -302,22 +302,37 @@ def trpo_run(tmp_path, *flags):
 
 
 def test_every_accepted_step_keeps_the_trust_region_and_gains(tmp_path, monkeypatch):
-    """KL and gain of each step of a short run, computed anew from the parameters before and after it."""
-    updates = []
-    line_search, gradient = trpo_lm.line_search, trpo_lm.surrogate_gradient
+    """KL and gain of each step of a short run, computed anew from the parameters before and after it; and the log."""
+    updates, searching = [], []
+    line_search, gradient, response_logits = trpo_lm.line_search, trpo_lm.surrogate_gradient, common.response_logits
+    conjugate_gradient = trpo_lm.conjugate_gradient
 
     def recording_gradient(policy, batch, micro_batches, advantages, *rest):
         updates.append({"batch": batch, "advantages": advantages})
         return gradient(policy, batch, micro_batches, advantages, *rest)
 
-    def recording_search(policy, theta, step, *rest):
-        result = line_search(policy, theta, step, *rest)
-        updates[-1] |= {"theta": theta.clone(), "new": trpo_lm.flatten(policy), "result": result}
+    def recording_solver(*inputs):
+        updates[-1]["solved"] = conjugate_gradient(*inputs)
+        return updates[-1]["solved"]
+
+    def recording_search(policy, theta, step, predicted_gain, *rest):
+        searching.append(True)
+        result = line_search(policy, theta, step, predicted_gain, *rest)
+        searching.clear()
+        updates[-1] |= {"theta": theta.clone(), "new": trpo_lm.flatten(policy)}
+        updates[-1] |= {"predicted": predicted_gain, "fraction": result[0]}
         return result
 
+    def without_graphs(*inputs):
+        result = response_logits(*inputs)
+        assert not (searching and result.requires_grad)
+        return result
+
+    monkeypatch.setattr(common, "response_logits", without_graphs)
+    monkeypatch.setattr(trpo_lm, "conjugate_gradient", recording_solver)
     monkeypatch.setattr(trpo_lm, "line_search", recording_search)
     monkeypatch.setattr(trpo_lm, "surrogate_gradient", recording_gradient)
-    logged = trpo_run(tmp_path, "--total-episodes", 32 * 12, "--max-kl", 0.02)
+    logged = trpo_run(tmp_path, "--total-episodes", 32 * 12, "--max-kl", 0.02, "--accept-ratio", 0.8)
     assert len(updates) == 12 and sum(logged["trpo/accepted"]) >= 6
     policy = load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
     for i, update in enumerate(updates):
@@ -334,11 +349,17 @@ def test_every_accepted_step_keeps_the_trust_region_and_gains(tmp_path, monkeypa
         gain = ((ratio - 1) * update["advantages"])[mask].mean().item()
         assert logged["trpo/kl"][i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
         assert logged["trpo/surrogate_gain"][i] == pytest.approx(gain, rel=1e-3, abs=1e-5)
+        fraction, (_, damping, residual, _) = update["fraction"], update["solved"]
+        assert logged["trpo/surrogate_gain_predicted"][i] == pytest.approx(fraction * update["predicted"])
+        assert logged["trpo/kl_predicted"][i] == pytest.approx(fraction**2 * logged["trpo/max_kl"][i])
+        assert logged["trpo/damping"][i] == pytest.approx(damping)
+        assert logged["trpo/cg_residual"][i] == pytest.approx(residual)
         if logged["trpo/accepted"][i]:
             assert 0 < kl <= 0.02 * (1 - i / 12) * (1 + 1e-4) and gain > 0
             assert logged["trpo/step_fraction"][i] > 0
         else:
             assert torch.equal(update["theta"], update["new"])
+    assert any(0 < update["fraction"] < 1 for update in updates), "a step was shortened"
 
 
 def test_no_usable_gradient_no_update_and_the_run_goes_on(tmp_path, capsys):
