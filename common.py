@@ -560,7 +560,7 @@ def whole_weights(sampler, policy):
     pairs = zip(sampler.parameters(), policy.parameters())
     pairs = [(old, new) for old, new in pairs if new.requires_grad and new is not old]
     for old, new in pairs:
-        old.data = whole(new).to(old.dtype, copy=True)
+        old.data = whole(new).to(old.dtype)
     yield
     for old, _ in pairs:
         old.data = old.new_empty(0)

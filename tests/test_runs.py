@@ -514,7 +514,7 @@ def test_held_out_prompts_may_be_longer_than_all_others(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "12", "reference": "1"}\n' * 9)
     (tmp_path / "eval.jsonl").write_text('{"prompt": "%s", "reference": "1"}\n' % ("1" * 30))
     files = ["--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "eval.jsonl"]
-    run_main(reinforce_lm, *FEW, "--total-episodes", 0, *files, "--output-dir", tmp_path / "runs")
+    run_main(reinforce_lm, *FEW, "--total-episodes", 32, *files, "--output-dir", tmp_path / "runs")
 
 
 def test_a_checkpoint_has_the_evaluation_of_its_iteration(tmp_path, capsys):
