@@ -177,7 +177,9 @@ def parse(args_class, argv, defaults, description):
         title = GROUPS.get(name, title)
         hint = Annotated[hint, tyro.conf.arg(help=texts[name])]
         groups.setdefault(title, []).append((name, hint, field(default=getattr(defaults, name))))
-    grouped = make_dataclass("Flags", [(title, make_dataclass(title, group)) for title, group in groups.items()])
+    no_text = tyro.conf.arg(help="")  # or tyro would search source code for one
+    grouped = [(title, Annotated[make_dataclass(title, group), no_text]) for title, group in groups.items()]
+    grouped = make_dataclass("Flags", grouped)
     parsed = tyro.cli(tyro.conf.OmitArgPrefixes[grouped], args=argv, description=description)
     return args_class(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 

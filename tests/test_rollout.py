@@ -1,6 +1,5 @@
 """Rollout, masks, padding and scored log-probabilities: against plain forward passes of single prompts."""
 
-import gc
 import json
 import weakref
 
@@ -191,7 +190,6 @@ def test_one_cache_at_a_time(monkeypatch):
     alive, init = weakref.WeakSet(), common.Decoder.__init__
 
     def counting_init(decoder, *rest):
-        gc.collect()
         assert not alive
         alive.add(decoder)
         init(decoder, *rest)
