@@ -55,7 +55,7 @@ def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     throughput = importlib.import_module("throughput")
     parts = ("card", "correctness", "rollout", "update")
-    sizes = dict(shape="tiny", device="cpu", gpu_prompts=2, gpu_length=8, rounds=1)
+    sizes = dict(shape="tiny", device="cpu", gpu_prompts=1, gpu_length=8, rounds=1)
     throughput.main(throughput.Args(sections=("gpu",), gpu_parts=parts, **sizes))
     output = capsys.readouterr().out
     rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|", output, re.M))
