@@ -995,7 +995,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     return responses, response_mask, logprobs
 
 
-MIN_REPLAYS = 32  # or recording a graph costs more than it saves
+MIN_TOKENS_LEFT = 32  # to sample after this one, or recording a graph costs more than it saves
 
 
 class Decoder:
@@ -1003,13 +1003,14 @@ class Decoder:
 
     On the CPU the cache of keys and values grows. On CUDA it has its final size from the start, so that the pass of one
     token is the same work each time: it is captured as a graph and replayed, since launching its kernels one by
-    one takes longer than running them; below `MIN_REPLAYS` tokens left, the capture would not pay.
+    one takes longer than running them; below `MIN_TOKENS_LEFT`, the capture would not pay.
     """
 
     def __init__(self, model, prompts, prompt_mask, samples_per_prompt, response_length, fixed_size):
         """Run the (n, P) prompts, once for all their samples. `self.logits` (b, V) score the first response token.
 
-        fixed_size: preallocate the cache, if the model has attention over all positions and nothing else.
+        fixed_size: preallocate the cache, and capture graphs (on CUDA alone), if the model has attention over all
+            positions and nothing else.
         """
         room = torch.ones((len(prompts), response_length), dtype=torch.bool, device=prompts.device)
         self.attention_mask = torch.cat([prompt_mask, room], 1).long()  # (n, P+R)
@@ -1040,7 +1041,7 @@ class Decoder:
             self.graph.replay()  # writes to self.logits
             return
         self.logits = self.forward()
-        if self.fixed_size and self.attention_mask.shape[1] - self.length >= MIN_REPLAYS:
+        if self.fixed_size and self.attention_mask.shape[1] - self.length >= MIN_TOKENS_LEFT:
             self.graph = self.capture()
 
     def forward(self):
@@ -1056,12 +1057,12 @@ class Decoder:
         return output.logits[:, -1]
 
     def capture(self):
-        """Record the kernels of `forward` as a CUDA graph, after a pass in which libraries allocated workspaces."""
+        """Record the kernels of `forward` as a CUDA graph, after `step` ran them: a first pass can't be recorded."""
         graph, logits = torch.cuda.CUDAGraph(), self.logits
         with blame("--cuda-graph: this model needs --no-cuda-graph"):
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 self.logits = self.forward()  # where replays write; recorded and not run
-        self.logits.copy_(logits)
+        self.logits.copy_(logits)  # of the pass that `step` has run
         return graph
 
 

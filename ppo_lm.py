@@ -80,7 +80,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and, from 32 tokens up, a CUDA graph of the one-token pass"""
+    """on CUDA, sample with a cache of fixed size and, for more than 32 tokens, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""

@@ -89,7 +89,7 @@ class Args:
     compile: bool = False
     """compile the forward and backward passes of the update with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and, from 32 tokens up, a CUDA graph of the one-token pass"""
+    """on CUDA, sample with a cache of fixed size and, for more than 32 tokens, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -337,7 +337,7 @@ def jacobian_vector_product(policy, vector, inputs, args):
 def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
     """F v over the response tokens of the micro-batches on all ranks, in Gauss-Newton form: (D,) -> (D,).
 
-    out: a (D,) vector for the result, if there is one to write over: on a CPU, new memory takes long to get.
+    out: (D,), written over with the result if given: on a CPU, getting new memory for each product takes long.
     """
     num_tokens = all_reduce(sum(batch[2][inds].sum() for inds in micro_batches))
     for inds in micro_batches:
@@ -368,7 +368,8 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
     """Solve (F + d I) x = g for x, with d = relative_damping * g'Fg / g'g (Hestenes and Stiefel 1952).
 
     Starts at x = 0, where the first product is F g. Ends at a small residual, or, with the last x that was good, when
-    the curvature along the next direction is not positive or not finite. product: function v -> F v on (D,) vectors.
+    the curvature along the next direction is not positive or not finite. product: function v -> F v on (D,) vectors,
+    whose result is written over and may be the same memory each time.
     Returns x (D,), d, norm of the residual relative to that of g, iterations done.
     """
     x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
@@ -580,10 +581,12 @@ def main(args, checkpoint=None):
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
         rows = torch.randperm(local_batch_size, generator=make_generator("cpu", *key)).to(device)  # of many prompts
         rows = rows[: max(1, round(args.fvp_fraction * local_batch_size))]
-        subset = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args, torch.empty_like(g)
+        product = torch.empty_like(g)  # (D,), written over by each product
+        subset = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args, product
         x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
             lambda v, i=subset: fisher_vector_product(v, *i), g, args.cg_iters, args.cg_damping, args.cg_tol
         )
+        del product, subset  # as large as the policy: freed before the passes below
         curvature = fisher_quadratic_form(x, policy, data, micro_batches, num_tokens, float32_args)
         scale = (2 * max_kl / curvature) ** 0.5 if 0 < curvature < torch.inf else 0.0  # (10)
         predicted_gain = scale * dot(g, x)
@@ -591,7 +594,7 @@ def main(args, checkpoint=None):
         fraction, gain, kl, tried = line_search(
             policy, theta, x.mul_(scale), predicted_gain, lambda i=whole: surrogate_gain_and_kl(*i), max_kl, args
         )
-        del theta, g, x, whole, subset  # as large as the policy: freed before the critic's update and the next batch
+        del theta, g, x, whole  # as large as the policy: freed before the critic's update and the next batch
         if rank == 0 and not fraction:
             why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
             common.show(f"iteration {iteration}: policy not updated, {why}")

@@ -115,7 +115,7 @@ KINDS = {"gpt2": {}, "llama": {}, "qwen3": {}, "gemma2": {}, "mixtral": SHAPES["
 def passes(kind, rank, world_size):
     """Of rows that are spread over the ranks: gradients, a Fisher-vector product, a refreshed copy; and what is whole.
 
-    With two ranks a micro-batch of each has prompts that are worth sharing, and another one only on the first rank.
+    With two ranks, the first micro-batch of each has prompts that are worth sharing; the second only on the first rank.
     """
     policy = tiny_model(kind, **KINDS[kind])
     critic = ppo_lm.Critic(policy)

@@ -270,9 +270,12 @@ def test_compiled_passes_serve_any_width(monkeypatch):
         prompts = torch.randint(1, 10, (distinct, length)).repeat_interleave(4 // distinct, 0)
         mask = (torch.arange(length + 9) < length + response).expand(4, -1)
         batch = torch.cat([prompts, torch.randint(1, 10, (4, 9))], 1), mask, args
-        logprobs, _ = common.policy_logprobs(policy, *batch)
-        logprobs.sum().backward()
-        torch.testing.assert_close(logprobs, common.policy_logprobs(model, *batch)[0])
+        logprobs, expected = [common.policy_logprobs(network, *batch)[0] for network in (policy, model)]
+        torch.testing.assert_close(logprobs, expected)
+        for values in (logprobs, expected):
+            values.sum().backward()
+        for parameter, eager in zip(policy.parameters(), model.parameters()):
+            torch.testing.assert_close(parameter.grad, eager.grad, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             for network in (policy, reference):
                 torch.testing.assert_close(logprobs, common.policy_logprobs(network, *batch)[0])

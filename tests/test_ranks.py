@@ -111,7 +111,7 @@ def test_the_memory_of_a_rank_falls_with_their_number(seen):
     """Weights, gradients and two moments, 16 bytes for each parameter on one rank."""
     of = {world_size: max(rank["memory"]["bytes"] for rank in ranks) for world_size, ranks in seen.items()}
     parameters = seen[1][0]["memory"]["parameters"]
-    assert of[1] > 15 * parameters and of[2] < 0.8 * of[1] and of[3] < 0.7 * of[1], of
+    assert of[1] > 15 * parameters and of[2] < 0.72 * of[1] and of[3] < 0.6 * of[1], of  # one whole: 0.75, 0.63
 
 
 def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):

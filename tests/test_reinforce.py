@@ -109,7 +109,7 @@ def test_the_moving_average_is_that_of_all_ranks(tmp_path, monkeypatch):
         return baseline(kind, returns, samples_per_prompt, ema, greedy_scores)
 
     monkeypatch.setattr(reinforce_lm, "compute_baseline", recording_baseline)
-    monkeypatch.setattr(common, "mean", lambda *inputs: mean_of_ranks(*inputs) + 1)  # as if others had larger ones
+    monkeypatch.setattr(common, "mean", lambda *inputs: mean_of_ranks(*inputs) + 1)  # as if other ranks had more
     flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--baseline", "ema", "--ema-decay", 0]
     run_main(reinforce_lm, *flags, "--device", "cpu", "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()

@@ -359,7 +359,7 @@ def test_every_accepted_step_keeps_the_trust_region_and_gains(tmp_path, monkeypa
             assert logged["trpo/step_fraction"][i] > 0
         else:
             assert torch.equal(update["theta"], update["new"])
-    assert any(0 < update["fraction"] < 1 for update in updates), "a step was shortened"
+    assert any(0 < update["fraction"] < 1 for update in updates), "no step was shortened: raise --accept-ratio"
 
 
 def test_no_usable_gradient_no_update_and_the_run_goes_on(tmp_path, capsys):
