@@ -559,13 +559,20 @@ def whole_weights(sampler, policy):
 
     All ranks have to call this. Frozen parameters, and a sampler that is the policy, stay as they are.
     """
-    pairs = zip(sampler.parameters(), policy.parameters())
-    pairs = [(old, new) for old, new in pairs if new.requires_grad and new is not old]
-    for old, new in pairs:
-        old.data = whole(new).to(old.dtype)
+    copies, copied = dict(zip(policy.modules(), sampler.modules())), []
+    for module in shards(policy):  # at once, as gathering each parameter alone takes up to twice as long
+        is_shard = isinstance(module, FSDPModule)
+        if is_shard:
+            module.unshard()
+        for new, old in zip(module.parameters(), copies[module].parameters()):
+            if new.requires_grad and new is not old and not isinstance(new, DTensor):  # not another module's to gather
+                old.data = new.to(old.dtype, copy=True)
+                copied.append(old)
+        if is_shard:
+            module.reshard()
     yield
-    for old, _ in pairs:
-        old.data = old.new_empty(0)
+    for parameter in copied:
+        parameter.data = parameter.new_empty(0)
 
 
 @contextlib.contextmanager
