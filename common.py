@@ -178,9 +178,9 @@ def parse(args_class, argv, defaults, description):
         hint = Annotated[hint, tyro.conf.arg(help=texts[name])]
         groups.setdefault(title, []).append((name, hint, field(default=getattr(defaults, name))))
     no_text = tyro.conf.arg(help="")  # or tyro would search source code for one
-    grouped = [(title, Annotated[make_dataclass(title, group), no_text]) for title, group in groups.items()]
-    grouped = make_dataclass("Flags", grouped)
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[grouped], args=argv, description=description)
+    flags = [(title, Annotated[make_dataclass(title, group), no_text]) for title, group in groups.items()]
+    grouped = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", flags)]
+    parsed = tyro.cli(grouped, args=argv, description=description)
     return args_class(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
@@ -582,8 +582,8 @@ def replaced_parameters(network, tensors, replace):
     tensors: {name: tensor in the shape of this rank's part of the parameter}. They are gathered when a layer runs.
     """
     replacements = {network.get_parameter(name): tensor for name, tensor in tensors.items()}
-    shard_of = {module: shard for shard in shards(network) for module in shard.modules()}  # the innermost
     places = {shard: [] for shard in shards(network)}
+    shard_of = {module: shard for shard in places for module in shard.modules()}  # the innermost
     for module, shard in shard_of.items():
         parameters = module.named_parameters(recurse=False)
         places[shard] += [(module._parameters, name, p) for name, p in parameters if p in replacements]
@@ -777,7 +777,7 @@ def token_statistics(logits, tokens, temperature):
 
     length = logits.shape[1]
     n = max(1, 2**22 // logits.shape[-1])
-    pieces = list(zip(logits.flatten(0, 1).split(n), tokens[:, :length].flatten().split(n)))
+    pieces = list(zip(logits.flatten(0, 1).split(n), tokens[:, :length].flatten().split(n)))  # (n, V), (n,) each
     run = functools.partial(recomputed, of_rows) if len(pieces) > 1 else of_rows
     logprobs, entropy = [torch.cat(parts) for parts in zip(*(run(*piece) for piece in pieces))]  # (b r,), (b r,)
     padding = 0, tokens.shape[1] - length

@@ -178,7 +178,7 @@ def relative(found, expected):
 def part_correctness(args, card, folder, dataset, scratch):
     table("correctness, a Qwen2 of 3M parameters", "", "relative error or gap")
     on_cpu, model = throughput.small_qwen2(2048), throughput.small_qwen2(2048).to(args.device)
-    _, _, sequences, attention_mask = random_batch(args, 2048, min(4, args.gpu_prompts), 32)
+    prompts, prompt_mask, sequences, attention_mask = random_batch(args, 2048, min(4, args.gpu_prompts), 32)
     response_mask = attention_mask[:, -32:]
     generator = torch.Generator().manual_seed(1)
     advantages = torch.randn(response_mask.shape, generator=generator).to(args.device)
@@ -231,7 +231,6 @@ def part_correctness(args, card, folder, dataset, scratch):
         model.zero_grad()
     row(f"widths of {min(widths)} to {max(widths)} with a gradient that is not finite", bad or "none")
 
-    prompts, prompt_mask, *_ = random_batch(args, 2048, min(4, args.gpu_prompts), 32)
     sampler = common.copy_network(model, torch.bfloat16)
     for graph in (True, False) if args.device == "cuda" else (False,):
         flags = flags_of(args, response_length=64, cuda_graph=graph)

@@ -5,7 +5,6 @@ import contextlib
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -57,14 +56,6 @@ def run_main(script, *flags):
         if "--resume" in argv:
             return script.main(*common.parse_flags(script.Args, script.TINY, argv))
         return script.main(common.parse(script.Args, argv, script.Args(**script.TINY), ""))
-
-
-def run_script(name, *flags, cwd=ROOT, check=True, **settings):
-    """Run a script as a user does; returns the finished process with its output as text."""
-    command = [sys.executable, f"{name}.py", *map(str, flags)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, **settings)
-    assert not check or result.returncode == 0, result.stderr
-    return result
 
 
 def run_with_output(function, args, output, environment):

@@ -189,8 +189,9 @@ def memory():
 def work_without_runs(out):
     rank, world_size, _ = common.start_ranks("cpu")
     common.MIN_SAVED_TOKENS = 0
-    seen = {kind: passes(kind, rank, world_size) for kind in (KINDS if world_size < 3 else ["gpt2"])}
-    seen |= {"memory": memory(), "experts": experts(rank, world_size)}
+    seen = {"memory": memory()}  # first, as what others free would be taken again
+    seen |= {kind: passes(kind, rank, world_size) for kind in (KINDS if world_size < 3 else ["gpt2"])}
+    seen["experts"] = experts(rank, world_size)
     torch.save(seen, f"{out}.{rank}")
 
 

@@ -1,6 +1,8 @@
 """Bad input is one line on standard error that names the flag or the row, exit code 2, before any training."""
 
 import json
+import subprocess
+import sys
 
 import common
 import ppo_lm
@@ -9,7 +11,7 @@ import trpo_lm
 
 import pytest
 import torch
-from helpers import run_main, run_script
+from helpers import ROOT, run_main
 
 GOOD_ROW = {"prompt": "ab", "reference": "ba"}
 
@@ -207,6 +209,7 @@ def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch
 
 
 def test_a_real_process_ends_with_code_2_and_no_traceback(tmp_path):
-    result = run_script("reinforce_lm", "--reward", "nothing", "--output-dir", tmp_path, check=False)
+    command = [sys.executable, "reinforce_lm.py", "--reward", "nothing", "--output-dir", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: --reward")
     assert result.stdout == ""

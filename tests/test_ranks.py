@@ -111,7 +111,7 @@ def test_the_memory_of_a_rank_falls_with_their_number(seen):
     """Weights, gradients and two moments, 16 bytes for each parameter on one rank."""
     of = {world_size: max(rank["memory"]["bytes"] for rank in ranks) for world_size, ranks in seen.items()}
     parameters = seen[1][0]["memory"]["parameters"]
-    assert of[1] > 15 * parameters and of[2] < 0.72 * of[1] and of[3] < 0.6 * of[1], of  # one whole: 0.75, 0.63
+    assert of[1] > 15 * parameters and of[2] < 0.7 * of[1] and of[3] < 0.55 * of[1], of
 
 
 def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
     [("ppo_lm", ["--update-epochs", 2]), ("trpo_lm", ["--lora-rank", 2, "--fvp-fraction", 1, "--cg-iters", 3])],
 )
 def test_a_checkpoint_is_that_of_any_number_of_ranks(script, flags, tmp_path):
-    """A run of two ranks goes on bit for bit with two; with one it takes the same step, and for TRPO the reverse."""
+    """A run of two ranks goes on bit for bit with two; with one it takes the same step, and the reverse."""
 
     def run(world_size, *flags):
         outputs = [tmp_path / f"output.{rank}" for rank in range(world_size)]
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_that_of_any_number_of_ranks(script, flags, tmp_path):
     flags = [*flags, *"--num-minibatches 1 --batch-size 32 --eval-size 4 --save-every 1 --device cpu".split()]
     flags += ["--total-episodes", 64]
     last = {}
-    for before in (2, 1) if script == "trpo_lm" else (2,):
+    for before in (2, 1):
         run(before, *flags, "--output-dir", tmp_path / str(before))
         (whole,) = (tmp_path / str(before)).iterdir()
         last[before] = common.load_checkpoint(whole)
@@ -198,7 +198,7 @@ def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path, mon
     else:
         pytest.fail(result.stderr)
     assert result.stdout.count("on 2 x cpu") == result.stdout.count("evaluation after 0 episodes") == 1
-    run_dir = max((tmp_path / "runs").iterdir())
+    *stopped, run_dir = sorted((tmp_path / "runs").iterdir())
     assert (run_dir / "checkpoint_00000001.pt").exists()
     reward_file(tmp_path, "pass")
     monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)  # as in torchrun's processes
@@ -207,6 +207,10 @@ def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path, mon
     assert (tmp_path / "resumed.0").read_text().count("final eval_score") == 1
     assert "final" not in (tmp_path / "resumed.1").read_text()
     assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 128
+    outputs = [tmp_path / "whole.0", tmp_path / "whole.1"]
+    finish(fork_ranks(2, run_main, reinforce_lm, *flags, output=tmp_path / "whole"), outputs)
+    (whole,) = set((tmp_path / "runs").iterdir()) - {run_dir, *stopped}
+    assert_same(common.load_checkpoint(whole)["policy"], common.load_checkpoint(run_dir)["policy"])
 
 
 def test_a_reward_that_fails_on_one_rank_is_one_line_there(tmp_path):

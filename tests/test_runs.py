@@ -18,7 +18,7 @@ import trpo_lm
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, error_line, finish, fork, load_policy, recorded_gradients, run_main
+from helpers import ROOT, SCRIPTS, error_line, finish, fork, load_policy, recorded_gradients, run_main, tiny_model
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
@@ -471,7 +471,6 @@ def test_it_learns(tmp_path):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_any_checkpoint_with_real_text_and_own_reward(kind, tmp_path):
     """A byte-pair tokenizer and a checkpoint made here, JSONL with prompts of many lengths, a reward in a file."""
-    from helpers import tiny_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
