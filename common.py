@@ -256,6 +256,7 @@ def start_ranks(device):
         require(local_rank < gpus, "--nproc-per-node", f"at most the {gpus} GPUs of this machine", f"rank {local_rank}")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, several times as fast, and ten times as exact as bfloat16
     if world_size > 1 and not dist.is_initialized():
         # The other ranks wait while rank 0 writes a checkpoint, and for the slowest reward.
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=2))
@@ -768,7 +769,7 @@ def token_statistics(logits, tokens, temperature):
     """Log-probability of each token and entropy of its distribution: (b, r, V), (b, R) -> (b, R), (b, R), 0 after r.
 
     Large logits are taken a few rows at a time and again in the backward pass, so that only they are kept for it, in
-    the precision that they come in.
+    the precision that they come in. Pieces fit a CPU's cache; a GPU would spend its time on the launches of small ones.
     """
 
     def of_rows(logits, tokens):  # (n, V), (n,) -> (n,), (n,)
@@ -776,7 +777,7 @@ def token_statistics(logits, tokens, temperature):
         return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
     length = logits.shape[1]
-    n = max(1, 2**22 // logits.shape[-1])
+    n = max(1, 2 ** (22 if logits.device.type == "cpu" else 27) // logits.shape[-1])
     pieces = list(zip(logits.flatten(0, 1).split(n), tokens[:, :length].flatten().split(n)))  # (n, V), (n,) each
     run = functools.partial(recomputed, of_rows) if len(pieces) > 1 else of_rows
     logprobs, entropy = [torch.cat(parts) for parts in zip(*(run(*piece) for piece in pieces))]  # (b r,), (b r,)
@@ -983,7 +984,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
                 tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (b, 1)
             responses[rows, t] = tokens[:, 0]
             logprobs[rows, t] = step_logprobs.gather(1, tokens)[:, 0]
-            ended |= torch.isin(tokens[:, 0], end_tensor)
+            ended |= (tokens == end_tensor).any(1)  # `isin` would wait for the GPU
             if t + 1 == args.response_length:
                 break
             if not on_cuda or t % 16 == 15:  # counting the rows that go on waits for the GPU

@@ -423,7 +423,7 @@ def main(args, checkpoint=None):
                     surrogate = clipped_surrogate(ratio, advantages[inds], args.clip_coef, clip_coef_high)  # (b, R)
                 else:
                     surrogate = ratio * advantages[inds] - carried["penalty_coef"] * sampled_kl  # (b, R) (7)
-                loss = -(surrogate + args.ent_coef * entropy)  # (b, R)
+                loss = -(surrogate + args.ent_coef * entropy) if args.ent_coef else -surrogate  # (b, R)
                 (loss.where(mask, 0.0).sum() / num_tokens).backward()
                 metrics_of_tokens = {"loss/policy": -surrogate, "loss/value": v_loss, "policy/entropy": entropy}
                 metrics_of_tokens |= {"policy/approx_kl": sampled_kl, "policy/ratio_distance": (ratio - 1).abs()}

@@ -269,8 +269,9 @@ def value_loss(new_values, values, returns, value_clip):
 
 
 def dot(a, b):
-    """Inner product of two (D,) vectors: short pieces in their own precision, added up in float64 over all ranks."""
-    pieces = [torch.dot(x, y) for x, y in zip(a.split(2**16), b.split(2**16))]
+    """Inner product of two (D,) vectors: pieces in their own precision, added up in float64 over all ranks."""
+    size = 2**16 if a.device.type == "cpu" else 2**24  # a GPU adds up in a tree, and each piece is a launch
+    pieces = [torch.dot(x, y) for x, y in zip(a.split(size), b.split(size))]
     return all_reduce(torch.stack(pieces).double().sum()).item()
 
 

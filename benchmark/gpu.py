@@ -119,7 +119,7 @@ def random_batch(args, vocab_size, num_prompts, response_length):
     return prompts, prompt_mask, sequences, attention_mask
 
 
-def checkpoint_of(shape, scratch):
+def checkpoint_of(shape, scratch, device):
     """Folder of a Qwen2 with random weights, and a file of prompts of digits.
 
     The tokenizer is one of digits: it knows the first eleven ids, and the text of the others is empty. One id in a
@@ -131,7 +131,8 @@ def checkpoint_of(shape, scratch):
     end = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     torch.manual_seed(1)
     config = Qwen2Config(**size, **end, max_position_embeddings=4096)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=[0, *range(100, size["vocab_size"], 100)], pad_token_id=0)
     model.save_pretrained(f"{scratch}/qwen2")
     tokenizer.save_pretrained(f"{scratch}/qwen2")
@@ -251,7 +252,7 @@ def part_rollout(args, card, folder, dataset, scratch):
     length, num_responses = args.gpu_length, args.gpu_prompts * SAMPLES
     ragged, ragged_mask, *_ = random_batch(args, vocab_size, args.gpu_prompts, length)
     prompts = torch.randint(1, vocab_size, (args.gpu_prompts, PROMPT_LENGTH), device=args.device)
-    mask, captures = torch.ones_like(prompts).bool(), []
+    mask, captures, counts = torch.ones_like(prompts).bool(), [], []
     capture = common.Decoder.capture
     common.Decoder.capture = lambda decoder: captures.append(1) or capture(decoder)
     model.generation_config.eos_token_id = None  # nothing ends a response of `generate`
@@ -285,13 +286,13 @@ def part_rollout(args, card, folder, dataset, scratch):
     for name, way in ways.items():
         with failure_is_a_row(name, args.device, 6):
             captures.clear()
-            seconds = seconds_of(way, args.device, args.rounds)
-            tokens = way()
-            share = ""
+            counts.clear()
+            seconds = seconds_of(lambda way=way: counts.append(way()), args.device, args.rounds)
+            tokens, share = counts[-1], ""
             if "fixed" in name and "bandwidth" in card:  # each step reads the weights and all of the fixed cache
                 step = weights + num_responses * (PROMPT_LENGTH + length) * cache_row
                 share = f"{100 * length * step / seconds / card['bandwidth']:.0f} %"
-            figures = f"{tokens / seconds:,.0f}", f"{seconds:.2f}", len(captures) // (args.rounds + 2)
+            figures = f"{tokens / seconds:,.0f}", f"{seconds:.2f}", len(captures) // len(counts)
             row(name, *figures, share, f"{peak_gib(args.device):.1f}")
     common.Decoder.capture = capture
     model = None
@@ -315,6 +316,7 @@ def part_rollout(args, card, folder, dataset, scratch):
 WAYS = {  # precision of the matrix products, flags, whether prompts are shared
     "shared prompts": ("bfloat16", {}, True),
     "padded": ("bfloat16", {}, False),
+    "--micro-batch-size 64": ("bfloat16", dict(micro_batch_size=64), True),
     "--lora-rank 8": ("bfloat16", dict(lora_rank=8), True),
     "--activation-checkpointing": ("bfloat16", dict(activation_checkpointing=True), True),
     "--temperature 0.7": ("bfloat16", dict(temperature=0.7), True),
@@ -356,8 +358,8 @@ def update_rows(args, card, folder, ways):
             rows = torch.arange(len(sequences), device=args.device)
             micro_batches = common.micro_batches_of(rows, response_mask, flags)
 
-            def update(model=model, flags=flags, micro_batches=micro_batches):
-                for inds in micro_batches:
+            def update(model=model, flags=flags, micro_batches=micro_batches, count=None):
+                for inds in micro_batches[:count]:
                     logprobs, _ = common.policy_logprobs(model, sequences[inds], attention_mask[inds], flags)
                     (logprobs.where(response_mask[inds], 0.0).sum() / tokens).backward()
                 model.zero_grad()
@@ -372,21 +374,19 @@ def update_rows(args, card, folder, ways):
             )
             row(name, f"{seconds:.2f}", f"{tokens / seconds:,.0f}", share, f"{peak_gib(args.device):.1f}")
             if name == "shared prompts" and "--compile" not in ways:
-                profile = profile_of(update, args.device)
+                profile = profile_of(lambda update=update: update(count=1), args.device)
         model = update = None
         free(args.device)
     common.share_prompts = share_prompts
     if profile:
-        table("the fifteen kernels that take most of the first of these", "", "share")
+        table("the fifteen kernels that take most of a micro-batch of the first of these", "", "share")
     for name, share in profile:
         row(f"`{name[:80]}`", f"{100 * share:.0f} %")
 
 
 def profile_of(call, device):
     """The fifteen kernels that take longest and the time without a kernel, as shares of the time of a call."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, device.upper())]) as profiler:
         start = time.perf_counter()
         call()
         synchronize(device)
@@ -406,7 +406,7 @@ def part_scripts(args, card, folder, dataset, scratch):
     header = "rollout s", "update s", "rollout tokens/s", "update tokens/s", "peak GiB", "update, against REINFORCE's"
     table(title, "", *header)
     first = None
-    for rank in (8, 0):
+    for rank in (0, 8):
         for script in throughput.SCRIPTS:
             name = f"`{script}`" + f", --lora-rank {rank}" * bool(rank)
             flags = dict(model=folder, dataset=dataset, device=args.device, samples_per_prompt=SAMPLES)
@@ -452,7 +452,7 @@ def measure(args, scratch):
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     attention = ", ".join(name for name, enabled in names.items() if enabled)
     print(f"{card}, CUDA {torch.version.cuda}, shape {args.shape}, attention: {attention}", flush=True)
-    folder, dataset = checkpoint_of(args.shape, scratch)
+    folder, dataset = checkpoint_of(args.shape, scratch, args.device)
     measured = {}
     for part in args.gpu_parts:
         start = time.perf_counter()
