@@ -250,13 +250,13 @@ def start_ranks(device):
     require(device != "cuda" or gpus, "--device", "a CUDA device on this machine (or --device cpu)", "none")
     device = ("cuda" if gpus else "cpu") if device == "auto" else device
     torch.backends.cuda.enable_cudnn_sdp(False)  # gradients of masked attention can be NaN (pytorch issue 196678)
+    torch.backends.cuda.matmul.allow_tf32 = True  # float32 products: errors a tenth of bfloat16's, in half the time
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         require(local_rank < gpus, "--nproc-per-node", f"at most the {gpus} GPUs of this machine", f"rank {local_rank}")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, several times as fast, and ten times as exact as bfloat16
     if world_size > 1 and not dist.is_initialized():
         # The other ranks wait while rank 0 writes a checkpoint, and for the slowest reward.
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(hours=2))

@@ -5,8 +5,8 @@
     pip install trl==1.10.0 && python benchmark/throughput.py --sections ppo      # the last TRL with a PPOTrainer
     python benchmark/throughput.py --sections rollout --rollout-model DIR
     python benchmark/throughput.py --sections scripts --rollout-model DIR --updates 2 --warmup 1
-    python benchmark/throughput.py --sections gpu --gpu-parts card correctness rollout update       # on a GPU
-    python benchmark/throughput.py --sections gpu --gpu-parts compile scripts trl
+    python benchmark/throughput.py --sections gpu --gpu-parts card correctness update rollout       # on a GPU
+    python benchmark/throughput.py --sections gpu --gpu-parts scripts trl compile
     python benchmark/throughput.py --sections gpu --shape tiny --device cpu --gpu-prompts 4 --gpu-length 8 \\
         --micro-batch-size 8                                         # tries the code of the section `gpu` without one
 
@@ -60,7 +60,7 @@ from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py")
-Part = Literal["card", "correctness", "rollout", "update", "compile", "scripts", "trl"]
+Part = Literal["card", "correctness", "update", "rollout", "scripts", "trl", "compile"]
 Section = Literal["trl", "ppo", "long", "rollout", "prompts", "scripts", "profile", "scaling", "ranks", "gpu"]
 
 

@@ -44,10 +44,12 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
 
 
-def test_attention_of_cudnn_is_off_whose_gradients_can_be_nan():
+def test_attention_of_cudnn_is_off_whose_gradients_can_be_nan_and_tf32_is_on():
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
     common.start_ranks("cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.matmul.allow_tf32
 
 
 def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):
