@@ -388,7 +388,7 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
         x.add_(direction, alpha=residual_squared / curvature)  # (9)
         residual.sub_(curved, alpha=residual_squared / curvature)
         previous, residual_squared = residual_squared, dot(residual, residual)
-        direction.mul_(residual_squared / previous).add_(residual)
+        torch.add(residual, direction, alpha=residual_squared / previous, out=direction)
         iteration += 1
     relative_residual = (residual_squared / g_squared) ** 0.5 if 0 < g_squared < torch.inf else 0.0
     return x, damping, relative_residual, iteration
