@@ -250,7 +250,7 @@ def start_ranks(device):
     require(device != "cuda" or gpus, "--device", "a CUDA device on this machine (or --device cpu)", "none")
     device = ("cuda" if gpus else "cpu") if device == "auto" else device
     torch.backends.cuda.enable_cudnn_sdp(False)  # gradients of masked attention can be NaN (pytorch issue 196678)
-    torch.backends.cuda.matmul.allow_tf32 = True  # float32 products: errors a tenth of bfloat16's, in half the time
+    torch.backends.cuda.matmul.allow_tf32 = True  # a tenth of bfloat16's error, in less than half of float32's time
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -661,7 +661,7 @@ def position_ids(attention_mask):
 def micro_batches_of(inds, response_mask, args):
     """Row indices (n,) as a list of micro-batches: rows of a prompt together, prompts with the longest responses first.
 
-    Rows of about the same length need few columns, and what needs most memory comes first.
+    Prompts with responses of about the same length need few columns, and what needs most memory comes first.
     """
     lengths, prompts = response_mask[inds].sum(1), inds // args.samples_per_prompt  # (n,), (n,)
     longest = torch.zeros_like(response_mask[:, 0], dtype=torch.long).scatter_reduce(0, prompts, lengths, "amax")
@@ -769,7 +769,7 @@ def token_statistics(logits, tokens, temperature):
     """Log-probability of each token and entropy of its distribution: (b, r, V), (b, R) -> (b, R), (b, R), 0 after r.
 
     Large logits are taken a few rows at a time and again in the backward pass, so that only they are kept for it, in
-    the precision that they come in. Pieces fit a CPU's cache; a GPU would spend its time on the launches of small ones.
+    the precision that they come in. Pieces fit a CPU's cache, and are larger on a GPU, where each costs launches.
     """
 
     def of_rows(logits, tokens):  # (n, V), (n,) -> (n,), (n,)
@@ -984,7 +984,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
                 tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (b, 1)
             responses[rows, t] = tokens[:, 0]
             logprobs[rows, t] = step_logprobs.gather(1, tokens)[:, 0]
-            ended |= (tokens == end_tensor).any(1)  # `isin` would wait for the GPU
+            ended |= (tokens == end_tensor).any(1)  # `isin` sorts many end ids, and then waits for the GPU
             if t + 1 == args.response_length:
                 break
             if not on_cuda or t % 16 == 15:  # counting the rows that go on waits for the GPU

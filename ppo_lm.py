@@ -74,7 +74,7 @@ class Args:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of forward and backward passes; trained weights, gradients and optimizer state are always float32"""
+    """precision of passes, float32 with TF32 on a GPU; trained weights, gradients, optimizer state stay in float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
@@ -110,7 +110,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory and changes nothing else"""
+    """responses per forward and backward pass; bounds memory; as large as fits is fastest, with the same result"""
     rollout_batch_size: Positive[int] = 256
     """responses sampled at once, at least those of one prompt; bounds memory"""
     output_dir: str = "runs"
@@ -416,6 +416,7 @@ def main(args, checkpoint=None):
                 v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)
                 (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
                 new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
+                entropy = entropy if args.ent_coef else entropy.detach()  # its graph is freed before the backward pass
                 logratio = (new_logprobs - logprobs[inds]).where(mask, 0.0)  # (b, R)
                 ratio = logratio.exp()  # (b, R)
                 sampled_kl = ratio - 1 - logratio  # (b, R)
@@ -423,7 +424,7 @@ def main(args, checkpoint=None):
                     surrogate = clipped_surrogate(ratio, advantages[inds], args.clip_coef, clip_coef_high)  # (b, R)
                 else:
                     surrogate = ratio * advantages[inds] - carried["penalty_coef"] * sampled_kl  # (b, R) (7)
-                loss = -(surrogate + args.ent_coef * entropy) if args.ent_coef else -surrogate  # (b, R)
+                loss = -(surrogate + args.ent_coef * entropy)  # (b, R)
                 (loss.where(mask, 0.0).sum() / num_tokens).backward()
                 metrics_of_tokens = {"loss/policy": -surrogate, "loss/value": v_loss, "policy/entropy": entropy}
                 metrics_of_tokens |= {"policy/approx_kl": sampled_kl, "policy/ratio_distance": (ratio - 1).abs()}

@@ -64,7 +64,7 @@ class Args:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of forward and backward passes; trained weights, gradients and optimizer state are always float32"""
+    """precision of passes, float32 with TF32 on a GPU; trained weights, gradients, optimizer state stay in float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
@@ -100,7 +100,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory and changes nothing else"""
+    """responses per forward and backward pass; bounds memory; as large as fits is fastest, with the same result"""
     rollout_batch_size: Positive[int] = 256
     """responses sampled at once, at least those of one prompt; bounds memory"""
     output_dir: str = "runs"

@@ -51,9 +51,9 @@ Departures from the paper: damping relative to the curvature along g, so that on
 fraction of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
 delta that falls to 0 over the run, since steps of a fixed size would never settle.
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
-per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 whatever --dtype says,
-since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of tokens, where
-reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
+per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 (TF32 on a GPU) whatever
+--dtype says, since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of
+tokens, where reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
 D number of trained parameters, with several ranks of those in this rank's shards. common.py begins with a drawing of
@@ -83,7 +83,7 @@ class Args:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of forward and backward passes; trained weights, gradients and optimizer state are always float32"""
+    """precision of passes, float32 with TF32 on a GPU; trained weights, gradients, optimizer state stay in float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
@@ -119,7 +119,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory and changes nothing else"""
+    """responses per forward and backward pass; bounds memory; as large as fits is fastest, with the same result"""
     rollout_batch_size: Positive[int] = 256
     """responses sampled at once, at least those of one prompt; bounds memory"""
     output_dir: str = "runs"
@@ -270,7 +270,7 @@ def value_loss(new_values, values, returns, value_clip):
 
 def dot(a, b):
     """Inner product of two (D,) vectors: pieces in their own precision, added up in float64 over all ranks."""
-    size = 2**16 if a.device.type == "cpu" else 2**24  # a GPU adds up in a tree, and each piece is a launch
+    size = 2**16 if a.device.type == "cpu" else 2**24  # bounds a CPU's rounding error; a launch each on a GPU
     pieces = [torch.dot(x, y) for x, y in zip(a.split(size), b.split(size))]
     return all_reduce(torch.stack(pieces).double().sum()).item()
 

@@ -78,11 +78,12 @@ def free(device):
 
 @contextlib.contextmanager
 def tf32(enabled):
-    """float32 matrix products with TF32 or without; without effect on a CPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+    """float32 matrix products of CUDA with TF32 or without."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextlib.contextmanager
@@ -252,7 +253,7 @@ def part_rollout(args, card, folder, dataset, scratch):
     length, num_responses = args.gpu_length, args.gpu_prompts * SAMPLES
     ragged, ragged_mask, *_ = random_batch(args, vocab_size, args.gpu_prompts, length)
     prompts = torch.randint(1, vocab_size, (args.gpu_prompts, PROMPT_LENGTH), device=args.device)
-    mask, captures, counts = torch.ones_like(prompts).bool(), [], []
+    mask, captures, token_counts = torch.ones_like(prompts).bool(), [], []
     capture = common.Decoder.capture
     common.Decoder.capture = lambda decoder: captures.append(1) or capture(decoder)
     model.generation_config.eos_token_id = None  # nothing ends a response of `generate`
@@ -286,13 +287,13 @@ def part_rollout(args, card, folder, dataset, scratch):
     for name, way in ways.items():
         with failure_is_a_row(name, args.device, 6):
             captures.clear()
-            counts.clear()
-            seconds = seconds_of(lambda way=way: counts.append(way()), args.device, args.rounds)
-            tokens, share = counts[-1], ""
+            token_counts.clear()
+            seconds = seconds_of(lambda way=way: token_counts.append(way()), args.device, args.rounds)
+            tokens, share = token_counts[-1], ""
             if "fixed" in name and "bandwidth" in card:  # each step reads the weights and all of the fixed cache
                 step = weights + num_responses * (PROMPT_LENGTH + length) * cache_row
                 share = f"{100 * length * step / seconds / card['bandwidth']:.0f} %"
-            figures = f"{tokens / seconds:,.0f}", f"{seconds:.2f}", len(captures) // len(counts)
+            figures = f"{tokens / seconds:,.0f}", f"{seconds:.2f}", len(captures) // len(token_counts)
             row(name, *figures, share, f"{peak_gib(args.device):.1f}")
     common.Decoder.capture = capture
     model = None
@@ -318,6 +319,7 @@ WAYS = {  # precision of the matrix products, flags, whether prompts are shared
     "padded": ("bfloat16", {}, False),
     "--micro-batch-size 64": ("bfloat16", dict(micro_batch_size=64), True),
     "--lora-rank 8": ("bfloat16", dict(lora_rank=8), True),
+    "--lora-rank 8 --micro-batch-size 64": ("bfloat16", dict(lora_rank=8, micro_batch_size=64), True),
     "--activation-checkpointing": ("bfloat16", dict(activation_checkpointing=True), True),
     "--temperature 0.7": ("bfloat16", dict(temperature=0.7), True),
     "--dtype float32, TF32": ("TF32", dict(dtype="float32"), True),
@@ -326,7 +328,7 @@ WAYS = {  # precision of the matrix products, flags, whether prompts are shared
 
 
 def part_update(args, card, folder, dataset, scratch):
-    """One forward and backward pass of the policy over the whole batch, in several ways, and a profile of the first."""
+    """A forward and backward pass of the policy over the whole batch, in several ways; a profile of one micro-batch."""
     update_rows(args, card, folder, WAYS)
 
 
@@ -379,7 +381,7 @@ def update_rows(args, card, folder, ways):
         free(args.device)
     common.share_prompts = share_prompts
     if profile:
-        table("the fifteen kernels that take most of a micro-batch of the first of these", "", "share")
+        table("the fifteen longest kernels in one micro-batch of the first of these", "", "share")
     for name, share in profile:
         row(f"`{name[:80]}`", f"{100 * share:.0f} %")
 
@@ -445,7 +447,7 @@ def measure(args, scratch):
     if args.device == "cuda" and not torch.cuda.is_available():
         print("\n**gpu**: needs a GPU, and there is none here (`--shape tiny --device cpu` tries the code)")
         return
-    common.start_ranks(args.device)  # as the scripts do: without cuDNN's attention
+    common.start_ranks(args.device)  # as the scripts do: without cuDNN's attention, with TF32
     backends = torch.backends.cuda
     names = {"flash": backends.flash_sdp_enabled(), "memory-efficient": backends.mem_efficient_sdp_enabled()}
     names |= {"math": backends.math_sdp_enabled(), "cuDNN": backends.cudnn_sdp_enabled()}

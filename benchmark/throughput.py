@@ -101,7 +101,7 @@ class Args:
     gpu_length: int = 256
     """gpu: tokens of the longest response"""
     gpu_parts: tuple[Part, ...] = get_args(Part)
-    """gpu: what to measure; the first four and the other three take less than eight minutes each"""
+    """gpu: what to measure; the first four are meant to take less than eight minutes, and so are the other three"""
     gpu_timeout: float = 180.0
     """gpu: seconds after which a run of a script is given up"""
     gpu_updates: int = 2

@@ -44,7 +44,7 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
 
 
-def test_attention_of_cudnn_is_off_whose_gradients_can_be_nan_and_tf32_is_on():
+def test_cudnn_attention_is_off_and_tf32_is_on():
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.backends.cuda.matmul.allow_tf32 = False
     common.start_ranks("cpu")
