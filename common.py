@@ -1003,7 +1003,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     return responses, response_mask, logprobs
 
 
-MIN_TOKENS_LEFT = 32  # to sample after this one, or recording a graph costs more than it saves
+MIN_TOKENS_LEFT = 8  # to sample after this one; recording a graph costs what it saves over about three tokens
 
 
 class Decoder:
