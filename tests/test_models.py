@@ -200,7 +200,7 @@ def test_code_of_a_model_runs_only_if_the_user_says_so(tmp_path):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("script", ["reinforce_lm", "trpo_lm"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_graph_of_the_entropy_is_gone_before_the_backward_pass(script, tmp_path, monkeypatch):
     policy_logprobs, backward, entropies, alive = common.policy_logprobs, torch.Tensor.backward, [], []
 

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import common
@@ -678,39 +677,6 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_line(tmp_path, monkeypatch, 
     (run_dir,) = tmp_path.iterdir()
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("iteration ")]
     assert lines == [f"error: [Errno 28] No space left on device ({run_dir})"]
-
-
-class Marked(torch.autograd.Function):
-    """The identity, whose graph holds an entry of `alive` for as long as it lives."""
-
-    alive = weakref.WeakSet()
-
-    @staticmethod
-    def forward(ctx, tensor):
-        Marked.alive.add(ctx)
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_graph_of_an_entropy_that_is_only_logged_is_freed_before_the_backward_pass(script, monkeypatch, tmp_path):
-    backward, policy_logprobs, graphs = torch.Tensor.backward, common.policy_logprobs, []
-
-    def marked(*inputs):
-        logprobs, entropy = policy_logprobs(*inputs)
-        return logprobs, Marked.apply(entropy)
-
-    def count_and_go_back(*inputs):
-        graphs.append(len(Marked.alive))
-        backward(*inputs)
-
-    monkeypatch.setattr(common, "policy_logprobs", marked)
-    monkeypatch.setattr(torch.Tensor, "backward", count_and_go_back)
-    run_main(importlib.import_module(script), "--total-episodes", 256, "--output-dir", tmp_path)
-    assert graphs and not any(graphs)
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
