@@ -490,13 +490,17 @@ def prepare(network, device, args):
 
     Copies have to be made before: the layers of a copy would call those of the original.
     """
-    if args.activation_checkpointing:
-        checkpoint_activations(network)
-    if args.compile:  # of a critic, the layers
-        # For any width at once, but policy and reference, prompts and responses, with and without gradient each count.
-        torch._dynamo.config.recompile_limit = 64
-        model = next(module for module in network.modules() if isinstance(module, transformers.PreTrainedModel))
-        model.compile(dynamic=True)
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    possible = layers or not (args.activation_checkpointing or args.compile)
+    expected = "a model whose layers transformers can checkpoint"
+    require(possible, "--activation-checkpointing, --compile", expected, type(network))
+    for layer in layers:
+        if args.compile:  # once for all layers and widths, but prompts, responses, with and without gradient each count
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or a layer's number would count
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if args.activation_checkpointing:  # keeps its input, from which the backward pass computes the rest again
+            layer.forward = functools.partial(recomputed, layer.forward)
     # A frozen base of adapters is whole on each rank.
     base = {p for p in network.parameters() if not p.requires_grad} if args.lora_rank else set()
     if not dist.is_initialized() or len(base) == len(list(network.parameters())):
@@ -504,7 +508,6 @@ def prepare(network, device, args):
     for parameter in base:
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in [*reversed(layers), network]:  # a layer inside another one first
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=base)
         # Losses are divided by counts over all ranks, so the ranks' gradients are summed, not averaged.
@@ -543,14 +546,6 @@ STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 
 # Calls a function so that the backward pass computes it again; without gradient, as in sampling, just calls it.
 recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
-def checkpoint_activations(network):
-    """Make the layers keep only their inputs for the backward pass, which computes the rest again."""
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    require(layers, "--activation-checkpointing", "a model whose layers transformers can checkpoint", type(network))
-    for layer in layers:
-        layer.forward = functools.partial(recomputed, layer.forward)
 
 
 @contextlib.contextmanager
@@ -709,6 +704,12 @@ class ResponseLayer(DynamicLayer):
         return tuple(torch.cat([shared.index_select(0, self.rows), own], 2) for shared, own in pairs)
 
 
+class SharedCache(Cache):
+    """A cache that is no part of a compiled layer, which would be another one for each layer's number."""
+
+    update = torch.compiler.disable(Cache.update)
+
+
 MIN_SAVED_TOKENS = 256  # or two passes cost more than they save
 
 
@@ -726,13 +727,15 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     saves = (len(prompts) - len(distinct)) * length >= max(MIN_SAVED_TOKENS, sequences.numel() / 4)
     if all_reduce(torch.tensor(int(not saves), device=sequences.device)):  # all ranks make the same number of passes
         return inputs | dict(use_cache=False)
-    mask, cache = distinct >= 0, Cache(layer_class_to_replicate=PromptLayer)
+    mask, cache = distinct >= 0, SharedCache(layer_class_to_replicate=PromptLayer)
     settings = dict(attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache, use_cache=True)
     output = network(input_ids=distinct.clamp(min=0), **settings)[0]  # (n, 1, V) or (n, L - num_outputs, hidden size)
     if dist.is_initialized():  # FSDP2 gathers a layer again when its output gets a gradient; the last one's would not
         cache.layers[-1].keys = cache.layers[-1].keys + 0.0 * output[0, -1, 0]
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
-    return inputs | dict(past_key_values=Cache([ResponseLayer(layer, rows) for layer in cache.layers]), use_cache=True)
+    return inputs | dict(
+        past_key_values=SharedCache([ResponseLayer(layer, rows) for layer in cache.layers]), use_cache=True
+    )
 
 
 # ===== Log-probabilities =====
