@@ -491,9 +491,8 @@ def prepare(network, device, args):
     Copies have to be made before: the layers of a copy would call those of the original.
     """
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    possible = layers or not (args.activation_checkpointing or args.compile)
-    expected = "a model whose layers transformers can checkpoint"
-    require(possible, "--activation-checkpointing, --compile", expected, type(network))
+    needed, expected = args.activation_checkpointing or args.compile, "layers that transformers can checkpoint"
+    require(layers or not needed, "--activation-checkpointing, --compile", expected, type(network))
     for layer in layers:
         if args.compile:  # once for all layers and widths, but prompts, responses, with and without gradient each count
             torch._dynamo.config.recompile_limit = 64

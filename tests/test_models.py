@@ -286,6 +286,14 @@ def test_what_is_compiled_serves_all_layers_and_any_width(monkeypatch):
     assert counts[0] > 0 and counts[1:] == [counts[1]] * 3
 
 
+@pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
+def test_settings_of_layers_refuse_a_model_without_them(setting):
+    network, device = torch.nn.Linear(1, 1), torch.device("cpu")
+    assert common.prepare(network, device, Args()) is network
+    with pytest.raises(common.InputError, match="--compile: expected layers .* found .*Linear"):
+        common.prepare(network, device, Args(**{setting: True}))
+
+
 def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path, capsys):
     config = AutoConfig.for_model("mamba", vocab_size=11, hidden_size=16, num_hidden_layers=1, state_size=4)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
