@@ -491,14 +491,15 @@ def prepare(network, device, args):
     Copies have to be made before: the layers of a copy would call those of the original.
     """
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    needed, expected = args.activation_checkpointing or args.compile, "layers that transformers can checkpoint"
-    require(layers or not needed, "--activation-checkpointing, --compile", expected, type(network))
+    wanted, expected = args.activation_checkpointing or args.compile, "layers that transformers can checkpoint"
+    require(layers or not wanted, "--activation-checkpointing, --compile", expected, type(network))
+    # What is compiled serves all layers and widths; prompts, responses, and passes without gradient need their own.
+    torch._dynamo.config.recompile_limit = 64  # for all networks together
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or each layer's number would need its own, too
     for layer in layers:
-        if args.compile:  # once for all layers and widths, but prompts, responses, with and without gradient each count
-            torch._dynamo.config.recompile_limit = 64
-            torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or a layer's number would count
+        if args.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        if args.activation_checkpointing:  # keeps its input, from which the backward pass computes the rest again
+        if args.activation_checkpointing:  # the layer keeps only its input; the backward pass computes the rest again
             layer.forward = functools.partial(recomputed, layer.forward)
     # A frozen base of adapters is whole on each rank.
     base = {p for p in network.parameters() if not p.requires_grad} if args.lora_rank else set()
@@ -704,7 +705,7 @@ class ResponseLayer(DynamicLayer):
 
 
 class SharedCache(Cache):
-    """A cache that is no part of a compiled layer, which would be another one for each layer's number."""
+    """A cache whose update is never compiled: it looks its layers up by number, so each would be compiled anew."""
 
     update = torch.compiler.disable(Cache.update)
 
