@@ -78,7 +78,7 @@ class Args:
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
     compile: bool = False
-    """compile the layers with torch.compile, for all passes but sampling; takes a minute or more at first"""
+    """compile the layers with torch.compile, except in sampling and TRPO's products; takes a minute or more at first"""
     cuda_graph: bool = True
     """on CUDA, sample with a cache of fixed size and, for more than 32 tokens, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
