@@ -493,9 +493,10 @@ def prepare(network, device, args):
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     wanted, expected = args.activation_checkpointing or args.compile, "layers that transformers can checkpoint"
     require(layers or not wanted, "--activation-checkpointing, --compile", expected, type(network))
-    # What is compiled serves all layers and widths; prompts, responses, and passes without gradient need their own.
-    torch._dynamo.config.recompile_limit = 64  # for all networks together
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or each layer's number would need its own, too
+    if args.compile:
+        # What is compiled serves all layers and widths; prompts, responses, and passes without gradient have their own.
+        torch._dynamo.config.recompile_limit = 64  # for all networks together
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or each layer's number would have its own, too
     for layer in layers:
         if args.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -733,9 +734,8 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     if dist.is_initialized():  # FSDP2 gathers a layer again when its output gets a gradient; the last one's would not
         cache.layers[-1].keys = cache.layers[-1].keys + 0.0 * output[0, -1, 0]
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
-    return inputs | dict(
-        past_key_values=SharedCache([ResponseLayer(layer, rows) for layer in cache.layers]), use_cache=True
-    )
+    cache = SharedCache([ResponseLayer(layer, rows) for layer in cache.layers])
+    return inputs | dict(past_key_values=cache, use_cache=True)
 
 
 # ===== Log-probabilities =====

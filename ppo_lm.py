@@ -80,7 +80,7 @@ class Args:
     compile: bool = False
     """compile the layers with torch.compile, except in sampling and TRPO's products; takes a minute or more at first"""
     cuda_graph: bool = True
-    """on CUDA, sample with a cache of fixed size and, for more than 32 tokens, a CUDA graph of the one-token pass"""
+    """on CUDA, sample with a cache of fixed size and, where it pays, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
     """training prompts: sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]"""
     eval_dataset: str = ""
@@ -110,7 +110,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory; as large as fits is fastest, with the same result"""
+    """responses per forward and backward pass; bounds memory and changes nothing else but the speed"""
     rollout_batch_size: Positive[int] = 256
     """responses sampled at once, at least those of one prompt; bounds memory"""
     output_dir: str = "runs"
