@@ -9,7 +9,7 @@ next token, the policy pi is the language model, and an end token is an action l
 earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
-    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-target
+    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-ref-target
 
 PPO (Schulman et al. 2017) samples a batch with the policy pi_old and takes several gradient steps on it. A critic V
 predicts the return of a state. The advantage of a token says how much better it turned out than that: tokens with a
@@ -33,7 +33,8 @@ of that KL, and its gradient. After each batch c is adapted to the KL that the u
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
-The critic minimizes the squared error, with --value-clip also that of values kept near V_old, from before the update:
+The critic minimizes the squared error, with --value-clip the larger of it and the error of the clipped value, which is
+kept near V_old, from before the update:
 
     (9)  L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
 
@@ -41,20 +42,26 @@ E_t is the mean over all response tokens of a minibatch, on all ranks. The criti
 policy's layers with a head of zeros, so that V is 0 at first. On a shared trunk its error, which is large while it has
 learned nothing, would move the policy, and the weight between the two losses would be one more thing to tune.
 
-Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped
-values (9), an optional stop by --target-kl, and in (7) a sampled KL in place of the exact one. Departures from
-reinforce_lm.py: a critic, and several steps per batch, which is why log pi_old has to be remembered; and, as most code
-does, E_t divides by the number of tokens, where that script divides by the number of responses. GAE leaves out its
-gamma^(t-1), as the papers do. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
+Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped values (9),
+an optional stop by --target-kl, in (7) a sampled KL in place of the exact one; in bfloat16, where passes that sample
+round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, c).
+Departures from reinforce_lm.py: a critic, and several steps per batch, for which log pi_old is remembered; and, as most
+code does, E_t divides by the number of tokens, where that script divides by the number of responses, and GAE drops the
+factor gamma^(t-1) that it keeps. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
 common.py begins with a drawing of how prompts, responses, masks, logits and values are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
+import functools
+import json
+import os
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import common
@@ -62,6 +69,9 @@ from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_g
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import set_state_dict
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 # ===== Arguments (shared by all three scripts) =====
@@ -70,15 +80,13 @@ class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
-    """rank of LoRA adapters on all linear layers but the head (pip install peft), at ten times the rates; 0 for none"""
+    """rank of LoRA adapters (alpha 32) on all linear layers but the head (pip install peft); 0 trains all weights"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of passes, float32 with TF32 on a GPU; trained weights, gradients, optimizer state stay in float32"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of passes: auto is bfloat16 on a GPU, float32 on a CPU; trained weights and logits are in float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
-    compile: bool = False
-    """compile the layers with torch.compile, except in sampling and TRPO's products; takes a minute or more at first"""
     cuda_graph: bool = True
     """on CUDA, sample with a cache of fixed size and, where it pays, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
@@ -109,10 +117,12 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory and changes nothing else but the speed"""
-    rollout_batch_size: Positive[int] = 256
-    """responses sampled at once, at least those of one prompt; bounds memory"""
+    sampler_clip: NonNegative[float] = 2.0
+    """bound on importance weights pi / pi_sampler, which correct the rounding of bfloat16 in sampling; 0 for none"""
+    micro_batch_tokens: Positive[int] = 4096
+    """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
+    rollout_tokens: Positive[int] = 262_144
+    """tokens, prompts and longest responses, of the responses sampled at once; bounds memory"""
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
@@ -125,11 +135,11 @@ class Args:
     """auto takes a GPU if there is one"""
     seed: NonNegative[int] = 1
     """seed of random weights, prompt order and sampling"""
-    kl_coef: NonNegative[float] = 0.05
+    kl_ref_coef: NonNegative[float] = 0.05
     """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
-    kl_target: NonNegative[float] = 0.0
+    kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
-    kl_horizon: Positive[int] = 10_000
+    kl_ref_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
@@ -171,14 +181,44 @@ class Args:
     """eps_V, clip range of the value, in units of the score; 0 for no limit"""
 
 
-# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
-TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, micro_batch_size=256, rollout_batch_size=512)
-TINY |= dict(response_length=6, eval_size=512, save_every=100, eval_every=100, kl_coef=0.02, learning_rate=1e-3)
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead,
+TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
+TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, learning_rate=1e-3)
 TINY |= dict(critic_learning_rate=1e-3, update_epochs=2, value_clip=0.2)
+# and --lora-rank these: adapters take about ten times the rates of full training (Schulman et al. 2025).
+ADAPTERS = dict(learning_rate=3e-5, critic_learning_rate=1e-4)
+
+
+# ===== Log-probabilities (shared by all three scripts) =====
+def token_statistics(logits, tokens, temperature, entropy_gradient=False):
+    """Log pi of each token, and the entropy of pi in its place: (n, V), (n,) -> (n,), (n,)."""
+    log_pi = (logits / temperature).log_softmax(-1)  # (n, V), kept for the backward pass in place of the logits
+    logprobs = log_pi.gather(1, tokens[:, None])[:, 0]
+    log_pi = log_pi if entropy_gradient else log_pi.detach()  # or pi would be kept as well
+    return logprobs, -(log_pi.exp() * log_pi).sum(1)
+
+
+def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
+    """Log pi of each response token, and the entropy of pi in its place: (b, P+R) twice, (b, R) -> (b, R), (b, R).
+
+    The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
+    """
+    logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
+    tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
+    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces that fit a CPU's cache
+    pieces = zip(logits.split(size), tokens.split(size))
+    statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
+    zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
+    return [zeros.masked_scatter(response_mask, torch.cat(values)) for values in statistics]
+
+
+def batched_logprobs(model, batch, micro_batches, args):
+    """Log pi of each response token of a whole batch, without gradient: -> (B, R)."""
+    return common.in_micro_batches(lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, *batch)
 
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
-def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_ref_coef):
     """Reward of each token: its KL penalty, and on the last real token the score.
 
     Args:
@@ -186,17 +226,17 @@ def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
     Returns:
         rewards: (B, R), 0 after the end of a response.
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs).where(response_mask, 0.0)
-    last = response_mask.sum(1) - 1  # (B,)
+    rewards = -kl_ref_coef * (logprobs - ref_logprobs).where(response_mask, 0.0)
+    last = response_mask.shape[1] - 1 - response_mask.flip(1).int().argmax(1)  # (B,), the last True
     return rewards.scatter_add(1, last[:, None], scores[:, None])  # (1)
 
 
-def adapt_kl_coef(kl_coef, kl_ref, num_responses, args):
+def adapt_kl_ref_coef(kl_ref_coef, kl_ref, num_responses, args):
     """The KL coefficient for the next batch (Ziegler et al. 2019, section 2.2)."""
-    if not args.kl_target:
-        return kl_coef
-    error = min(max(kl_ref / args.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * num_responses / args.kl_horizon)  # (2)
+    if not args.kl_ref_target:
+        return kl_ref_coef
+    error = min(max(kl_ref / args.kl_ref_target - 1, -0.2), 0.2)
+    return kl_ref_coef * (1 + error * min(num_responses / args.kl_ref_horizon, 1))  # (2)
 
 
 # ===== Equations (algorithm) =====
@@ -222,7 +262,7 @@ class Critic(torch.nn.Module):
 
 
 def generalized_advantages(rewards, values, response_mask, next_values, gamma, gae_lambda):
-    """Generalized advantage estimation from the last token to the first. What the mask leaves out is skipped.
+    """Generalized advantage estimation from the last token to the first. Masked tokens are skipped.
 
     A response of three tokens and an end token, with room for one more, and gamma = lambda = 1/2:
 
@@ -258,123 +298,130 @@ def adapt_penalty(penalty_coef, kl, target):
     return penalty_coef / 2 if kl < target / 1.5 else penalty_coef * 2 if kl > target * 1.5 else penalty_coef  # (8)
 
 
-def value_loss(new_values, values, returns, value_clip):
+def value_loss(new_values, values, value_targets, value_clip):
     """Squared error of each value, the larger of the plain and the clipped one: (b, R) -> (b, R)."""
-    error = (new_values - returns) ** 2
+    error = (new_values - value_targets) ** 2
     if value_clip:
         clipped = values + (new_values - values).clamp(-value_clip, value_clip)
-        error = torch.max(error, (clipped - returns) ** 2)
+        error = torch.max(error, (clipped - value_targets) ** 2)
     return 0.5 * error  # (9)
 
 
 # ===== Main: data, reward and models (shared by all three scripts) =====
 def main(args, checkpoint=None):
     start_time, script = time.time(), Path(__file__).stem
-    rank, world_size, device = common.start_ranks(args.device)
-    common.check_flags(args, script, world_size, checkpoint)
+    rank, world_size, device, args = common.start_ranks(args)
+    common.check_flags(args, world_size)
     local_batch_size = args.batch_size // world_size  # responses on this rank
     num_iterations = args.total_episodes // args.batch_size
-    tokenizer, train_prompts, eval_prompts = common.load_prompts(args, checkpoint)
-    reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
-    expected = f"a held-out prompt for each of the {world_size} ranks"
-    common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
-    policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
-    end_ids = common.end_token_ids(tokenizer, policy)
-    # Sampling in bfloat16 reads half the memory, and with several ranks, over which the policy is spread, each samples
-    # with a whole copy.
+    tokenizer, train_rows, eval_rows = common.load_prompts(args, world_size)
+    score_responses = common.load_reward(args, device, train_rows + eval_rows)
+    policy = common.load_policy(args, tokenizer, train_rows + eval_rows)
+    configured = policy.generation_config.eos_token_id  # one, several or none
+    end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    end_ids = sorted(end_ids - {None})
+    common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
     sampler, reference = policy, None
-    if args.dtype == "bfloat16" or world_size > 1:
-        sampler = common.copy_network(policy, getattr(torch, args.dtype)).requires_grad_(False).to(device)
-    if args.kl_coef:
+    if world_size > 1:  # the policy will be spread over the ranks; each samples with a whole copy
+        sampler = common.copy_network(policy).to(device)
+    if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and optimizers (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
     policy = common.prepare(policy, device, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    critic_optimizer = torch.optim.AdamW(
-        critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     # What a checkpoint holds, and what goes from one iteration to the next.
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
-    carried = {"kl_coef": args.kl_coef, "penalty_coef": args.penalty_coef}
+    state = SimpleNamespace(kl_ref_coef=args.kl_ref_coef, penalty_coef=args.penalty_coef)
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
-    origin = {"script": script, "args": asdict(args), "world_size": world_size}  # what a resumed run is compared with
-    origin["data"] = common.digest(train_prompts, eval_prompts)
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    digest = zlib.crc32(json.dumps([train_rows, eval_rows], default=str).encode())
     first_iteration = 1
-    if checkpoint:
+    if checkpoint:  # paths may have changed
+        same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
+        common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
         for name, parts in trained.items():
-            common.restore_state(checkpoint[name], *parts)
-        first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
+            set_state_dict(*parts, **checkpoint[name], options=common.STATE)
+        first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
+        start_time -= state.seconds
     if rank == 0:
-        run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
-        sizes = f"{sum(p.numel() for p in policy.parameters()):,} parameters on {world_size} x {device}"
-        sizes += f", {len(train_prompts.rows):,} training and {len(eval_prompts.rows):,} held-out prompts"
-        common.show(f"{script}: {sizes}, {num_iterations:,} x {args.batch_size:,} responses, run directory {run_dir}")
+        parts = script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")
+        run_dir = f"{Path(args.output_dir).expanduser()}/{'__'.join(map(str, parts))}-{os.getpid()}"
+        run_dir = args.resume if checkpoint and num_iterations else run_dir
+        # What a resumed run had logged after its checkpoint is dropped.
+        writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
+        writer.add_text("args", "\n".join(f"    {name} = {value!r}" for name, value in asdict(args).items()))
+        about = f"{sum(size for size, is_trained in sizes if is_trained):,} of {sum(size for size, _ in sizes):,}"
+        about += f" parameters trained, {args.dtype} on {world_size} x {device}, {len(train_rows):,} training and"
+        about += f" {len(eval_rows):,} held-out prompts, {num_iterations:,} x {args.batch_size:,} responses"
+        print(f"{script}: {about}, run directory {run_dir}")
 
-    def sample(prompts, samples_per_prompt=1, **settings):
-        """Responses of the current policy to n `Prompts`.
+    sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
 
-        Returns:
-            sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
-        """
-        ids, mask = prompts.padded(device)  # (n, P)
-        with common.whole_weights(sampler, policy):  # the sampler gets the current weights
-            responses, response_mask, logprobs = common.rollout(  # (n k, R)
-                sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
-            )
-        sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-        attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
-        facts = {"ended": common.has_ended(responses, end_ids).tolist(), "num_tokens": response_mask.sum(1).tolist()}
-        return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask), facts
+    def log_samples(split, episode, rows, texts, scores, parts):
+        """Append responses, with their prompts, scores and parts, to samples.jsonl. rows: N, or one for k texts."""
+        with open(f"{run_dir}/samples.jsonl", "a") as file:
+            for i, text in enumerate(texts):
+                prompt = rows[i * len(rows) // len(texts)]["prompt"]
+                line = dict(split=split, episode=episode, prompt=prompt, response=text, score=scores[i].item())
+                print(json.dumps(line | {name: values[i].item() for name, values in parts.items()}), file=file)
 
     def evaluate(episode):
         """Mean scores of greedy responses to the held-out prompts, over all ranks; they are logged and shown."""
-        prompts = eval_prompts.select(range(rank, len(eval_prompts.rows), world_size))  # this rank's
-        *_, texts, facts = sample(prompts, greedy=True)
-        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (n,)
-        scores = {"eval/score": scores} | {f"eval/{name}": values for name, values in parts.items()}
+        rows = eval_rows[rank::world_size]  # this rank's
+        *_, texts, facts = sample(rows, greedy=True)
+        scores, parts = score_responses(rows, texts, facts)  # (n,)
+        results = {f"eval/{name}": values for name, values in parts.items()} | {"eval/score": scores}
         if args.reward in ("match", "exact"):  # elsewhere responses are not meant to equal the reference
-            scores["eval/exact"] = torch.tensor(
-                common.exact_reward(None, texts, [row["reference"] for row in prompts.rows])
-            )
-        means = {name: common.mean(values.to(device)).item() for name, values in scores.items()}
+            results["eval/exact"] = torch.tensor(common.exact_reward(None, texts, [row["reference"] for row in rows]))
+        means = {name: common.mean(values.to(device)).item() for name, values in results.items()}
         if rank == 0:
-            common.log_evaluation(writer, episode, means, prompts.rows, texts, scores["eval/score"])
+            log_samples("eval", episode, rows, texts, scores, parts)
+            triples = zip(scores.tolist(), rows[:8], texts)
+            lines = [f"    {score:.3f}  {row['prompt']!r} -> {text!r}" for score, row, text in triples]
+            writer.add_text("samples", "\n".join(lines), episode)  # indented: as code
+            for name, value in means.items():
+                writer.add_scalar(name, value, episode)
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            lines = [*[line[:300] for line in lines[:3]], f"evaluation after {episode:,} episodes: {figures}"]
+            tqdm.write("\n".join(lines))
         return means
 
     if not checkpoint:
-        carried["before"] = carried["after"] = evaluate(0)
-    for iteration in range(first_iteration, num_iterations + 1):
+        common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
+    if not checkpoint or not num_iterations:
+        state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
+    done = first_iteration - 1
+    progress = tqdm(range(done + 1, num_iterations + 1), script, num_iterations, initial=done, disable=rank > 0)
+    for iteration in progress:
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_start = time.time()
         num_prompts = local_batch_size // args.samples_per_prompt
         start = ((iteration - 1) * world_size + rank) * num_prompts
-        prompts = train_prompts.select(common.prompt_indices(len(train_prompts.rows), start, num_prompts, args.seed))
+        prompt_rows = [train_rows[i] for i in common.prompt_indices(len(train_rows), start, num_prompts, args.seed)]
         generator = make_generator(device, args.seed, iteration, rank)
-        sequences, attention_mask, sampler_logprobs, texts, facts = sample(  # (B, P+R), (B, P+R), (B, R)
-            prompts, args.samples_per_prompt, generator=generator
-        )
-        response_mask = attention_mask[:, -args.response_length :]  # (B, R)
+        *batch, sampler_logprobs, texts, facts = sample(prompt_rows, args.samples_per_prompt, generator=generator)
+        sequences, attention_mask, response_mask = batch  # (B, P+R), (B, P+R), (B, R), as is sampler_logprobs
         rollout_seconds = time.time() - iteration_start
 
         # ===== Log-probabilities (algorithm) =====
-        batch = sequences, attention_mask  # (B, P+R), (B, P+R)
-        key = args.seed, iteration, rank
-        epochs = [common.shuffled_minibatches(response_mask, args, *key, epoch) for epoch in range(args.update_epochs)]
-        # log pi_old comes from the loss's own function and the micro-batches of the update's first pass, so that
+        # log pi_old comes from the loss's own function and the micro-batches of the update's first epoch, so that
         # the first ratio is exactly 1, in bfloat16 too, where a row's rounding error depends on the rows around it.
-        micro_batches = [inds for minibatch in epochs[0] for inds in minibatch]
-        logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R)
+        keys = [(args.seed, iteration, rank, epoch) for epoch in range(args.update_epochs)]
+        schedule = [common.shuffled_minibatches(attention_mask, args, *key) for key in keys]  # of each epoch
+        micro_batches = [rows for minibatch in schedule[0] for rows in minibatch]
+        logprobs = batched_logprobs(policy, batch, micro_batches, args)  # (B, R)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
-        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (B,)
+        scores, parts = score_responses(prompt_rows, texts, facts)  # (B,)
         scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
         if reference is not None:
-            ref_logprobs = common.batched_logprobs(reference, *batch, micro_batches, args)
-        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, carried["kl_coef"])  # (B, R)
+            ref_logprobs = batched_logprobs(reference, batch, micro_batches, args)
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, state.kl_ref_coef)  # (B, R)
         metrics = {
             "objective/score": common.mean(scores).item(),
             "objective/return": common.mean(rewards.sum(1)).item(),
@@ -383,24 +430,30 @@ def main(args, checkpoint=None):
         } | {f"reward/{name}": common.mean(values.to(device)).item() for name, values in parts.items()}
         if reference is not None:
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
-            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": carried["kl_coef"]}
-            carried["kl_coef"] = adapt_kl_coef(carried["kl_coef"], kl_ref, args.batch_size, args)
+            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
+            state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
+        weights = torch.ones_like(logprobs)  # (B, R), truncated importance weights of the policy to the sampler
+        if args.dtype == "bfloat16" and args.sampler_clip:
+            weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
+            is_clipped = (weights == args.sampler_clip).float()  # (B, R)
+            metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====
-        all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch)  # (B, R+1)
+        all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R)
-        bootstraps = ~ended & (args.truncation == "bootstrap")  # (B,)
-        next_values = all_values[:, -1].where(bootstraps, 0.0)  # (B,): a response that was cut has R tokens
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), and so has R tokens
+        value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
         advantages = generalized_advantages(  # (B, R)
-            rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
+            rewards, values, response_mask, value_after, args.gamma, args.gae_lambda
         )
-        returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
-        variance = common.variance(returns, response_mask)
-        explained = 1 - common.variance(advantages, response_mask) / variance  # advantages = returns - values
-        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
+        value_targets = advantages + values  # (B, R) (5), with the advantages before they are whitened
+        variance = common.variance(value_targets, response_mask)
+        explained = 1 - common.variance(advantages, response_mask) / variance  # advantages = value_targets - values
+        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all targets are equal
         metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
+        advantages = advantages * weights  # (B, R)
 
         # ===== [4/5] PPO update (algorithm) =====
         annealed = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
@@ -408,30 +461,28 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # the metrics of each
-        for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:  # one loop, so that `break` ends all
+        for minibatch in [minibatch for epoch in schedule for minibatch in epoch]:  # one loop, which `break` ends
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
-            for inds in minibatch:
-                mask, inputs = response_mask[inds], (sequences[inds], attention_mask[inds])  # (b, R), (b, P+R) each
+            for rows in minibatch:
+                *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
                 new_values = critic(*inputs, args)[:, :-1]  # (b, R)
-                v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)
+                v_loss = value_loss(new_values, values[rows], value_targets[rows], args.value_clip)  # (b, R)
                 (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
-                new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
-                entropy = entropy if args.ent_coef else entropy.detach()  # its graph is freed before the backward pass
-                logratio = (new_logprobs - logprobs[inds]).where(mask, 0.0)  # (b, R)
+                new_logprobs, entropy = policy_logprobs(policy, *inputs, mask, args, args.ent_coef > 0)  # (b, R) each
+                logratio = (new_logprobs - logprobs[rows]).where(mask, 0.0)  # (b, R)
                 ratio = logratio.exp()  # (b, R)
                 sampled_kl = ratio - 1 - logratio  # (b, R)
                 if args.surrogate == "clip":
-                    surrogate = clipped_surrogate(ratio, advantages[inds], args.clip_coef, clip_coef_high)  # (b, R)
+                    surrogate = clipped_surrogate(ratio, advantages[rows], args.clip_coef, clip_coef_high)  # (b, R)
                 else:
-                    surrogate = ratio * advantages[inds] - carried["penalty_coef"] * sampled_kl  # (b, R) (7)
+                    surrogate = ratio * advantages[rows] - state.penalty_coef * sampled_kl  # (b, R) (7)
                 loss = -(surrogate + args.ent_coef * entropy)  # (b, R)
                 (loss.where(mask, 0.0).sum() / num_tokens).backward()
-                metrics_of_tokens = {"loss/policy": -surrogate, "loss/value": v_loss, "policy/entropy": entropy}
-                metrics_of_tokens |= {"policy/approx_kl": sampled_kl, "policy/ratio_distance": (ratio - 1).abs()}
-                common.add_sums(sums, mask, metrics_of_tokens)
+                token_metrics = {"loss/policy": -surrogate, "loss/value": v_loss, "policy/entropy": entropy}
+                common.add_sums(sums, mask, token_metrics | {"ratio": ratio, "kl_before_step": sampled_kl})
             step = common.means_over_ranks(sums, num_tokens)
-            if args.target_kl and steps and step["policy/approx_kl"] > args.target_kl:
-                optimizer.zero_grad()
+            if args.target_kl and steps and step["kl_before_step"] > args.target_kl:
+                optimizer.zero_grad()  # the KL is known only now that there are gradients, of a step that is not taken
                 critic_optimizer.zero_grad()
                 break
             step["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)
@@ -441,13 +492,14 @@ def main(args, checkpoint=None):
             optimizer.step()
             optimizer.zero_grad()
             steps.append(step)
-        metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        new_logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)  # (B, R), after the update
+        averaged = ("loss/policy", "loss/value", "policy/entropy", "policy/grad_norm")
+        metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in averaged}
+        new_logprobs = batched_logprobs(policy, batch, micro_batches, args)  # (B, R), after the update
         logratio = (new_logprobs - logprobs).where(response_mask, 0.0)  # (B, R)
         ratio = logratio.exp()  # (B, R)
         metrics |= {
-            "policy/approx_kl": common.mean(ratio - 1 - logratio, response_mask).item(),  # not the mean over steps
-            "policy/ratio_first_minibatch": 1 + steps[0]["policy/ratio_distance"],
+            "policy/approx_kl": common.mean(ratio - 1 - logratio, response_mask).item(),
+            "policy/ratio_first_minibatch": steps[0]["ratio"],
             "policy/sampler_gap": common.mean((logprobs - sampler_logprobs).abs(), response_mask).item(),
             "policy/update_epochs_done": len(steps) / args.num_minibatches,
             "policy/learning_rate": optimizer.param_groups[0]["lr"],
@@ -456,10 +508,8 @@ def main(args, checkpoint=None):
             is_clipped = torch.where(advantages > 0, ratio > 1 + clip_coef_high, ratio < 1 - args.clip_coef)  # (B, R)
             metrics["policy/clipfrac"] = common.mean(is_clipped.float(), response_mask).item()
         else:
-            metrics["policy/penalty_coef"] = carried["penalty_coef"]
-            carried["penalty_coef"] = adapt_penalty(
-                carried["penalty_coef"], metrics["policy/approx_kl"], args.penalty_target
-            )
+            metrics["policy/penalty_coef"] = state.penalty_coef
+            state.penalty_coef = adapt_penalty(state.penalty_coef, metrics["policy/approx_kl"], args.penalty_target)
 
         # ===== [5/5] Log, evaluate, save (shared by all three scripts) =====
         episode, seconds = iteration * args.batch_size, time.time() - iteration_start
@@ -469,29 +519,34 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            common.show_progress(iteration, num_iterations, metrics)
+            log_samples("train", episode, prompt_rows[:1], texts[: args.samples_per_prompt], scores, parts)
+            shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
+            progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
-            carried["after"] = evaluate(episode)
+            state.after = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            states = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            state.seconds = time.time() - start_time
             if rank == 0:
-                state |= origin | {"iteration": iteration, "carried": carried}
-                common.save_checkpoint(run_dir, iteration, state)
-            del state  # as large as all that is trained
+                kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
+                common.save_checkpoint(run_dir, iteration, states | kept | {"state": vars(state)})
+            del states  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
-    weights = common.gather_state(policy)["weights"] if num_iterations else None
+    weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        if weights:
-            common.save_model(args, tokenizer, train_prompts.ids + eval_prompts.ids, weights, f"{run_dir}/model")
         facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
-        common.show_summary(run_dir, carried["before"], carried["after"], facts)
+        summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
+        summary |= {name.replace("/", "_"): value for name, value in state.after.items()} | facts
+        Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if weights:
+            common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)
+        print("final", *[f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()])
     if world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(*common.parse_flags(Args, TINY))
+    main(*common.parse_flags(Args, TINY, ADAPTERS))

@@ -9,7 +9,7 @@ next token, the policy pi is the language model, and an end token is an action l
 earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
-    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-target
+    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-ref-target
 
 REINFORCE (Williams 1992) climbs the expected discounted return by sampling its gradient:
 
@@ -33,18 +33,24 @@ is random, it would be the gradient of something else. With G_i1 the return of t
     (12)  greedy         b_i = score of the greedy response to i's prompt (self-critical training, Rennie et al. 2017)
 
 For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients takes
-the place of plain gradient ascent, and advantages may be divided by their standard deviation over the batch, which
-changes the norm of g but not its direction. Departures from ppo_lm.py and trpo_lm.py: one gradient step per batch, no
-critic, and gamma^(t-1) stays in (4), where most code drops it.
+the place of plain gradient ascent; advantages may be divided by their standard deviation over the batch, which changes
+the norm of g but not its direction; and in bfloat16, where passes that sample round otherwise than those that train, A
+is multiplied by the truncated importance weight min(pi / pi_sampler, c) of its token. Departures from ppo_lm.py and
+trpo_lm.py: one gradient step per batch, no critic, and gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
 V vocabulary. common.py begins with a drawing of how prompts, responses, masks and logits are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
+import functools
+import json
+import os
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import common
@@ -52,6 +58,9 @@ from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_g
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import set_state_dict
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 # ===== Arguments (shared by all three scripts) =====
@@ -60,15 +69,13 @@ class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
-    """rank of LoRA adapters on all linear layers but the head (pip install peft), at ten times the rates; 0 for none"""
+    """rank of LoRA adapters (alpha 32) on all linear layers but the head (pip install peft); 0 trains all weights"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of passes, float32 with TF32 on a GPU; trained weights, gradients, optimizer state stay in float32"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of passes: auto is bfloat16 on a GPU, float32 on a CPU; trained weights and logits are in float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
-    compile: bool = False
-    """compile the layers with torch.compile, except in sampling and TRPO's products; takes a minute or more at first"""
     cuda_graph: bool = True
     """on CUDA, sample with a cache of fixed size and, where it pays, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
@@ -99,10 +106,12 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory and changes nothing else but the speed"""
-    rollout_batch_size: Positive[int] = 256
-    """responses sampled at once, at least those of one prompt; bounds memory"""
+    sampler_clip: NonNegative[float] = 2.0
+    """bound on importance weights pi / pi_sampler, which correct the rounding of bfloat16 in sampling; 0 for none"""
+    micro_batch_tokens: Positive[int] = 4096
+    """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
+    rollout_tokens: Positive[int] = 262_144
+    """tokens, prompts and longest responses, of the responses sampled at once; bounds memory"""
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
@@ -115,11 +124,11 @@ class Args:
     """auto takes a GPU if there is one"""
     seed: NonNegative[int] = 1
     """seed of random weights, prompt order and sampling"""
-    kl_coef: NonNegative[float] = 0.05
+    kl_ref_coef: NonNegative[float] = 0.05
     """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
-    kl_target: NonNegative[float] = 0.0
+    kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
-    kl_horizon: Positive[int] = 10_000
+    kl_ref_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
@@ -139,13 +148,43 @@ class Args:
     """divide advantages by their standard deviation over the whole batch"""
 
 
-# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
-TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, micro_batch_size=256, rollout_batch_size=512)
-TINY |= dict(response_length=6, eval_size=512, save_every=100, eval_every=100, kl_coef=0.02, learning_rate=2e-3)
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead,
+TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
+TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, learning_rate=2e-3)
+# and --lora-rank these: adapters take about ten times the rates of full training (Schulman et al. 2025).
+ADAPTERS = dict(learning_rate=5e-5)
+
+
+# ===== Log-probabilities (shared by all three scripts) =====
+def token_statistics(logits, tokens, temperature, entropy_gradient=False):
+    """Log pi of each token, and the entropy of pi in its place: (n, V), (n,) -> (n,), (n,)."""
+    log_pi = (logits / temperature).log_softmax(-1)  # (n, V), kept for the backward pass in place of the logits
+    logprobs = log_pi.gather(1, tokens[:, None])[:, 0]
+    log_pi = log_pi if entropy_gradient else log_pi.detach()  # or pi would be kept as well
+    return logprobs, -(log_pi.exp() * log_pi).sum(1)
+
+
+def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
+    """Log pi of each response token, and the entropy of pi in its place: (b, P+R) twice, (b, R) -> (b, R), (b, R).
+
+    The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
+    """
+    logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
+    tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
+    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces that fit a CPU's cache
+    pieces = zip(logits.split(size), tokens.split(size))
+    statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
+    zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
+    return [zeros.masked_scatter(response_mask, torch.cat(values)) for values in statistics]
+
+
+def batched_logprobs(model, batch, micro_batches, args):
+    """Log pi of each response token of a whole batch, without gradient: -> (B, R)."""
+    return common.in_micro_batches(lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, *batch)
 
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
-def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_ref_coef):
     """Reward of each token: its KL penalty, and on the last real token the score.
 
     Args:
@@ -153,24 +192,24 @@ def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
     Returns:
         rewards: (B, R), 0 after the end of a response.
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs).where(response_mask, 0.0)
-    last = response_mask.sum(1) - 1  # (B,)
+    rewards = -kl_ref_coef * (logprobs - ref_logprobs).where(response_mask, 0.0)
+    last = response_mask.shape[1] - 1 - response_mask.flip(1).int().argmax(1)  # (B,), the last True
     return rewards.scatter_add(1, last[:, None], scores[:, None])  # (1)
 
 
-def adapt_kl_coef(kl_coef, kl_ref, num_responses, args):
+def adapt_kl_ref_coef(kl_ref_coef, kl_ref, num_responses, args):
     """The KL coefficient for the next batch (Ziegler et al. 2019, section 2.2)."""
-    if not args.kl_target:
-        return kl_coef
-    error = min(max(kl_ref / args.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * num_responses / args.kl_horizon)  # (2)
+    if not args.kl_ref_target:
+        return kl_ref_coef
+    error = min(max(kl_ref / args.kl_ref_target - 1, -0.2), 0.2)
+    return kl_ref_coef * (1 + error * min(num_responses / args.kl_ref_horizon, 1))  # (2)
 
 
 # ===== Equations (algorithm) =====
-def discounted_returns(rewards, gamma):
+def discounted_returns(rewards, response_mask, gamma):
     """Discounted reward-to-go as (4) needs it, gamma^(t-1) G_t = sum_{l >= t} gamma^(l-1) r_l: (B, R) -> (B, R)."""
-    discounts = gamma ** torch.arange(rewards.shape[1], dtype=rewards.dtype, device=rewards.device)  # (R,)
-    return (discounts * rewards).flip(1).cumsum(1).flip(1)  # (5)
+    t = response_mask.cumsum(1).to(rewards.dtype)  # (B, R)
+    return (gamma ** (t - 1) * rewards).flip(1).cumsum(1).flip(1)  # (5)
 
 
 def compute_baseline(kind, returns, samples_per_prompt, ema, greedy_scores):
@@ -208,107 +247,117 @@ def policy_gradient_loss(new_logprobs, advantages, response_mask, num_responses)
 # ===== Main: data, reward and models (shared by all three scripts) =====
 def main(args, checkpoint=None):
     start_time, script = time.time(), Path(__file__).stem
-    rank, world_size, device = common.start_ranks(args.device)
-    common.check_flags(args, script, world_size, checkpoint)
+    rank, world_size, device, args = common.start_ranks(args)
+    common.check_flags(args, world_size)
     local_batch_size = args.batch_size // world_size  # responses on this rank
     num_iterations = args.total_episodes // args.batch_size
-    tokenizer, train_prompts, eval_prompts = common.load_prompts(args, checkpoint)
-    reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
-    expected = f"a held-out prompt for each of the {world_size} ranks"
-    common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
-    policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
-    end_ids = common.end_token_ids(tokenizer, policy)
-    # Sampling in bfloat16 reads half the memory, and with several ranks, over which the policy is spread, each samples
-    # with a whole copy.
+    tokenizer, train_rows, eval_rows = common.load_prompts(args, world_size)
+    score_responses = common.load_reward(args, device, train_rows + eval_rows)
+    policy = common.load_policy(args, tokenizer, train_rows + eval_rows)
+    configured = policy.generation_config.eos_token_id  # one, several or none
+    end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    end_ids = sorted(end_ids - {None})
+    common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
     sampler, reference = policy, None
-    if args.dtype == "bfloat16" or world_size > 1:
-        sampler = common.copy_network(policy, getattr(torch, args.dtype)).requires_grad_(False).to(device)
-    if args.kl_coef:
+    if world_size > 1:  # the policy will be spread over the ranks; each samples with a whole copy
+        sampler = common.copy_network(policy).to(device)
+    if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Optimizer (algorithm) =====
     is_single_sample = args.baseline == "leave_one_out" and args.samples_per_prompt == 1
     common.require(not is_single_sample, "--samples-per-prompt", "at least 2 for --baseline leave_one_out", 1)
     policy = common.prepare(policy, device, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     trained = {"policy": (policy, optimizer)}  # what a checkpoint holds
-    carried = {"kl_coef": args.kl_coef, "ema_baseline": None}  # and what goes from one iteration to the next
+    state = SimpleNamespace(kl_ref_coef=args.kl_ref_coef, ema_baseline=None)  # and what goes to the next iteration
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
-    origin = {"script": script, "args": asdict(args), "world_size": world_size}  # what a resumed run is compared with
-    origin["data"] = common.digest(train_prompts, eval_prompts)
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    digest = zlib.crc32(json.dumps([train_rows, eval_rows], default=str).encode())
     first_iteration = 1
-    if checkpoint:
+    if checkpoint:  # paths may have changed
+        same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
+        common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
         for name, parts in trained.items():
-            common.restore_state(checkpoint[name], *parts)
-        first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
+            set_state_dict(*parts, **checkpoint[name], options=common.STATE)
+        first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
+        start_time -= state.seconds
     if rank == 0:
-        run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
-        sizes = f"{sum(p.numel() for p in policy.parameters()):,} parameters on {world_size} x {device}"
-        sizes += f", {len(train_prompts.rows):,} training and {len(eval_prompts.rows):,} held-out prompts"
-        common.show(f"{script}: {sizes}, {num_iterations:,} x {args.batch_size:,} responses, run directory {run_dir}")
+        parts = script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")
+        run_dir = f"{Path(args.output_dir).expanduser()}/{'__'.join(map(str, parts))}-{os.getpid()}"
+        run_dir = args.resume if checkpoint and num_iterations else run_dir
+        # What a resumed run had logged after its checkpoint is dropped.
+        writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
+        writer.add_text("args", "\n".join(f"    {name} = {value!r}" for name, value in asdict(args).items()))
+        about = f"{sum(size for size, is_trained in sizes if is_trained):,} of {sum(size for size, _ in sizes):,}"
+        about += f" parameters trained, {args.dtype} on {world_size} x {device}, {len(train_rows):,} training and"
+        about += f" {len(eval_rows):,} held-out prompts, {num_iterations:,} x {args.batch_size:,} responses"
+        print(f"{script}: {about}, run directory {run_dir}")
 
-    def sample(prompts, samples_per_prompt=1, **settings):
-        """Responses of the current policy to n `Prompts`.
+    sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
 
-        Returns:
-            sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
-        """
-        ids, mask = prompts.padded(device)  # (n, P)
-        with common.whole_weights(sampler, policy):  # the sampler gets the current weights
-            responses, response_mask, logprobs = common.rollout(  # (n k, R)
-                sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
-            )
-        sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-        attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
-        facts = {"ended": common.has_ended(responses, end_ids).tolist(), "num_tokens": response_mask.sum(1).tolist()}
-        return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask), facts
+    def log_samples(split, episode, rows, texts, scores, parts):
+        """Append responses, with their prompts, scores and parts, to samples.jsonl. rows: N, or one for k texts."""
+        with open(f"{run_dir}/samples.jsonl", "a") as file:
+            for i, text in enumerate(texts):
+                prompt = rows[i * len(rows) // len(texts)]["prompt"]
+                line = dict(split=split, episode=episode, prompt=prompt, response=text, score=scores[i].item())
+                print(json.dumps(line | {name: values[i].item() for name, values in parts.items()}), file=file)
 
     def evaluate(episode):
         """Mean scores of greedy responses to the held-out prompts, over all ranks; they are logged and shown."""
-        prompts = eval_prompts.select(range(rank, len(eval_prompts.rows), world_size))  # this rank's
-        *_, texts, facts = sample(prompts, greedy=True)
-        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (n,)
-        scores = {"eval/score": scores} | {f"eval/{name}": values for name, values in parts.items()}
+        rows = eval_rows[rank::world_size]  # this rank's
+        *_, texts, facts = sample(rows, greedy=True)
+        scores, parts = score_responses(rows, texts, facts)  # (n,)
+        results = {f"eval/{name}": values for name, values in parts.items()} | {"eval/score": scores}
         if args.reward in ("match", "exact"):  # elsewhere responses are not meant to equal the reference
-            scores["eval/exact"] = torch.tensor(
-                common.exact_reward(None, texts, [row["reference"] for row in prompts.rows])
-            )
-        means = {name: common.mean(values.to(device)).item() for name, values in scores.items()}
+            results["eval/exact"] = torch.tensor(common.exact_reward(None, texts, [row["reference"] for row in rows]))
+        means = {name: common.mean(values.to(device)).item() for name, values in results.items()}
         if rank == 0:
-            common.log_evaluation(writer, episode, means, prompts.rows, texts, scores["eval/score"])
+            log_samples("eval", episode, rows, texts, scores, parts)
+            triples = zip(scores.tolist(), rows[:8], texts)
+            lines = [f"    {score:.3f}  {row['prompt']!r} -> {text!r}" for score, row, text in triples]
+            writer.add_text("samples", "\n".join(lines), episode)  # indented: as code
+            for name, value in means.items():
+                writer.add_scalar(name, value, episode)
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            lines = [*[line[:300] for line in lines[:3]], f"evaluation after {episode:,} episodes: {figures}"]
+            tqdm.write("\n".join(lines))
         return means
 
     if not checkpoint:
-        carried["before"] = carried["after"] = evaluate(0)
-    for iteration in range(first_iteration, num_iterations + 1):
+        common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
+    if not checkpoint or not num_iterations:
+        state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
+    done = first_iteration - 1
+    progress = tqdm(range(done + 1, num_iterations + 1), script, num_iterations, initial=done, disable=rank > 0)
+    for iteration in progress:
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_start = time.time()
         num_prompts = local_batch_size // args.samples_per_prompt
         start = ((iteration - 1) * world_size + rank) * num_prompts
-        prompts = train_prompts.select(common.prompt_indices(len(train_prompts.rows), start, num_prompts, args.seed))
+        prompt_rows = [train_rows[i] for i in common.prompt_indices(len(train_rows), start, num_prompts, args.seed)]
         generator = make_generator(device, args.seed, iteration, rank)
-        sequences, attention_mask, sampler_logprobs, texts, facts = sample(  # (B, P+R), (B, P+R), (B, R)
-            prompts, args.samples_per_prompt, generator=generator
-        )
-        response_mask = attention_mask[:, -args.response_length :]  # (B, R)
+        *batch, sampler_logprobs, texts, facts = sample(prompt_rows, args.samples_per_prompt, generator=generator)
+        sequences, attention_mask, response_mask = batch  # (B, P+R), (B, P+R), (B, R), as is sampler_logprobs
         rollout_seconds = time.time() - iteration_start
 
         # ===== Log-probabilities (algorithm) =====
-        batch = sequences, attention_mask  # (B, P+R), (B, P+R)
-        micro_batches = common.micro_batches_of(torch.arange(local_batch_size, device=device), response_mask, args)
+        groups = torch.arange(local_batch_size, device=device).view(-1, args.samples_per_prompt)  # (B/k, k)
+        micro_batches = common.micro_batches_of(groups, attention_mask, args)
         # One step per batch needs no ratio. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
-        if args.dtype == "bfloat16" and reference is not None:
-            logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)
+        if args.dtype == "bfloat16":
+            logprobs = batched_logprobs(policy, batch, micro_batches, args)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
-        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (B,)
+        scores, parts = score_responses(prompt_rows, texts, facts)  # (B,)
         scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
         if reference is not None:
-            ref_logprobs = common.batched_logprobs(reference, *batch, micro_batches, args)
-        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, carried["kl_coef"])  # (B, R)
+            ref_logprobs = batched_logprobs(reference, batch, micro_batches, args)
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, state.kl_ref_coef)  # (B, R)
         metrics = {
             "objective/score": common.mean(scores).item(),
             "objective/return": common.mean(rewards.sum(1)).item(),
@@ -317,40 +366,42 @@ def main(args, checkpoint=None):
         } | {f"reward/{name}": common.mean(values.to(device)).item() for name, values in parts.items()}
         if reference is not None:
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
-            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": carried["kl_coef"]}
-            carried["kl_coef"] = adapt_kl_coef(carried["kl_coef"], kl_ref, args.batch_size, args)
+            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
+            state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
+        weights = torch.ones_like(logprobs)  # (B, R), truncated importance weights of the policy to the sampler
+        if args.dtype == "bfloat16" and args.sampler_clip:
+            weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
+            is_clipped = (weights == args.sampler_clip).float()  # (B, R)
+            metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Returns and baseline (algorithm) =====
-        returns = discounted_returns(rewards, args.gamma)  # (B, R)
+        returns = discounted_returns(rewards, response_mask, args.gamma)  # (B, R)
         greedy_scores = None
         if args.baseline == "greedy":
-            *_, texts, facts = sample(prompts, greedy=True)
-            greedy_scores, _ = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (B/k,)
+            *_, greedy_texts, greedy_facts = sample(prompt_rows, greedy=True)
+            greedy_scores, _ = score_responses(prompt_rows, greedy_texts, greedy_facts)  # (B/k,)
             greedy_scores = greedy_scores.to(device).repeat_interleave(args.samples_per_prompt)  # (B,)
-        ema = carried["ema_baseline"]
-        baseline = compute_baseline(  # (B,)
-            args.baseline, returns[:, 0], args.samples_per_prompt, ema or 0.0, greedy_scores
-        )
+        ema = state.ema_baseline or 0.0
+        baseline = compute_baseline(args.baseline, returns[:, 0], args.samples_per_prompt, ema, greedy_scores)  # (B,)
         advantages = (returns - baseline[:, None]).where(response_mask, 0.0)  # (B, R) (6)
         metrics["objective/J"] = J = common.mean(returns[:, 0]).item()  # (3)
         metrics["objective/baseline"] = common.mean(baseline).item()
-        carried["ema_baseline"] = J if ema is None else args.ema_decay * ema + (1 - args.ema_decay) * J
+        state.ema_baseline = J if state.ema_baseline is None else args.ema_decay * ema + (1 - args.ema_decay) * J
         if args.normalize_advantages:
             advantages = common.whiten(advantages, response_mask, shift_mean=False)
+        advantages = advantages * weights  # (B, R)
 
         # ===== [4/5] REINFORCE update (algorithm) =====
         learning_rate = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
         num_tokens, sums, losses = all_reduce(response_mask.sum()), {}, []
-        for inds in micro_batches:
-            mask = response_mask[inds]  # (b, R)
-            inputs = sequences[inds], attention_mask[inds]  # (b, P+R), (b, P+R)
-            new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
-            entropy = entropy.detach()  # logged only: its graph is freed before the backward pass
-            loss = policy_gradient_loss(new_logprobs, advantages[inds], mask, args.batch_size)
+        for rows in micro_batches:
+            *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+            new_logprobs, entropy = policy_logprobs(policy, *inputs, mask, args)  # (b, R), (b, R)
+            loss = policy_gradient_loss(new_logprobs, advantages[rows], mask, args.batch_size)
             loss.backward()  # (4): backpropagation turns log pi into grad log pi
             losses.append(loss.detach())
-            gap = (new_logprobs - sampler_logprobs[inds]).abs()  # (b, R)
+            gap = (new_logprobs - sampler_logprobs[rows]).abs()  # (b, R)
             common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
         metrics |= common.means_over_ranks(sums, num_tokens)
         metrics["loss/policy"] = all_reduce(sum(losses)).item()
@@ -367,29 +418,34 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            common.show_progress(iteration, num_iterations, metrics)
+            log_samples("train", episode, prompt_rows[:1], texts[: args.samples_per_prompt], scores, parts)
+            shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
+            progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
-            carried["after"] = evaluate(episode)
+            state.after = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            states = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            state.seconds = time.time() - start_time
             if rank == 0:
-                state |= origin | {"iteration": iteration, "carried": carried}
-                common.save_checkpoint(run_dir, iteration, state)
-            del state  # as large as all that is trained
+                kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
+                common.save_checkpoint(run_dir, iteration, states | kept | {"state": vars(state)})
+            del states  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
-    weights = common.gather_state(policy)["weights"] if num_iterations else None
+    weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        if weights:
-            common.save_model(args, tokenizer, train_prompts.ids + eval_prompts.ids, weights, f"{run_dir}/model")
         facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
-        common.show_summary(run_dir, carried["before"], carried["after"], facts)
+        summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
+        summary |= {name.replace("/", "_"): value for name, value in state.after.items()} | facts
+        Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if weights:
+            common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)
+        print("final", *[f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()])
     if world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(*common.parse_flags(Args, TINY))
+    main(*common.parse_flags(Args, TINY, ADAPTERS))

@@ -9,7 +9,7 @@ next token, the policy pi is the language model, and an end token is an action l
 earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
-    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-target
+    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-ref-target
 
 A critic V predicts the return of a state. The advantage of a token says how much better it turned out than that: tokens
 with a positive advantage become more likely. Generalized advantage estimation (Schulman et al. 2016) computes it:
@@ -49,21 +49,27 @@ trunk its gradient would move the policy out of the trust region.
 
 Departures from the paper: damping relative to the curvature along g, so that one value serves models of all sizes; a
 fraction of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
-delta that falls to 0 over the run, since steps of a fixed size would never settle.
+delta that falls to 0 over the run, since steps of a fixed size would never settle; and in bfloat16, where passes that
+sample round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, c).
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
 per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 (TF32 on a GPU) whatever
 --dtype says, since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of
 tokens, where reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
-D number of trained parameters, with several ranks of those in this rank's shards. common.py begins with a drawing of
-how prompts, responses and values are aligned.
+D number of trained parameters. With several ranks the policy is whole on each, and so are TRPO's vectors. common.py
+begins with a drawing of how prompts, responses and values are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
+import functools
+import json
+import os
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import common
@@ -71,6 +77,9 @@ from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_g
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import set_state_dict
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 # ===== Arguments (shared by all three scripts) =====
@@ -79,15 +88,13 @@ class Args:
     model: str = "tiny"
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
-    """rank of LoRA adapters on all linear layers but the head (pip install peft), at ten times the rates; 0 for none"""
+    """rank of LoRA adapters (alpha 32) on all linear layers but the head (pip install peft); 0 trains all weights"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of passes, float32 with TF32 on a GPU; trained weights, gradients, optimizer state stay in float32"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of passes: auto is bfloat16 on a GPU, float32 on a CPU; trained weights and logits are in float32"""
     activation_checkpointing: bool = False
     """keep only the input of each layer for the backward pass and recompute the rest: less memory, more time"""
-    compile: bool = False
-    """compile the layers with torch.compile, except in sampling and TRPO's products; takes a minute or more at first"""
     cuda_graph: bool = True
     """on CUDA, sample with a cache of fixed size and, where it pays, a CUDA graph of the one-token pass"""
     dataset: str = "sort"
@@ -118,10 +125,12 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    micro_batch_size: Positive[int] = 8
-    """responses per forward and backward pass; bounds memory and changes nothing else but the speed"""
-    rollout_batch_size: Positive[int] = 256
-    """responses sampled at once, at least those of one prompt; bounds memory"""
+    sampler_clip: NonNegative[float] = 2.0
+    """bound on importance weights pi / pi_sampler, which correct the rounding of bfloat16 in sampling; 0 for none"""
+    micro_batch_tokens: Positive[int] = 4096
+    """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
+    rollout_tokens: Positive[int] = 262_144
+    """tokens, prompts and longest responses, of the responses sampled at once; bounds memory"""
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
@@ -134,11 +143,11 @@ class Args:
     """auto takes a GPU if there is one"""
     seed: NonNegative[int] = 1
     """seed of random weights, prompt order and sampling"""
-    kl_coef: NonNegative[float] = 0.05
+    kl_ref_coef: NonNegative[float] = 0.05
     """beta, weight of the KL penalty to the reference policy; 0 keeps no reference in memory"""
-    kl_target: NonNegative[float] = 0.0
+    kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
-    kl_horizon: Positive[int] = 10_000
+    kl_ref_horizon: Positive[int] = 10_000
     """responses over which beta is adapted"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
@@ -182,14 +191,44 @@ class Args:
     """eps_V, clip range of the value, in units of the score; 0 for no limit"""
 
 
-# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
-TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, micro_batch_size=256, rollout_batch_size=512)
-TINY |= dict(response_length=6, eval_size=512, save_every=100, eval_every=100, kl_coef=0.02, max_kl=0.1)
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead,
+TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
+TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, max_kl=0.1)
 TINY |= dict(cg_damping=0.03, critic_learning_rate=1e-3, update_epochs=2, value_clip=0.2)
+# and --lora-rank these: adapters take about ten times the rates of full training (Schulman et al. 2025).
+ADAPTERS = dict(critic_learning_rate=1e-4)
+
+
+# ===== Log-probabilities (shared by all three scripts) =====
+def token_statistics(logits, tokens, temperature, entropy_gradient=False):
+    """Log pi of each token, and the entropy of pi in its place: (n, V), (n,) -> (n,), (n,)."""
+    log_pi = (logits / temperature).log_softmax(-1)  # (n, V), kept for the backward pass in place of the logits
+    logprobs = log_pi.gather(1, tokens[:, None])[:, 0]
+    log_pi = log_pi if entropy_gradient else log_pi.detach()  # or pi would be kept as well
+    return logprobs, -(log_pi.exp() * log_pi).sum(1)
+
+
+def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
+    """Log pi of each response token, and the entropy of pi in its place: (b, P+R) twice, (b, R) -> (b, R), (b, R).
+
+    The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
+    """
+    logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
+    tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
+    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces that fit a CPU's cache
+    pieces = zip(logits.split(size), tokens.split(size))
+    statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
+    zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
+    return [zeros.masked_scatter(response_mask, torch.cat(values)) for values in statistics]
+
+
+def batched_logprobs(model, batch, micro_batches, args):
+    """Log pi of each response token of a whole batch, without gradient: -> (B, R)."""
+    return common.in_micro_batches(lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, *batch)
 
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
-def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_ref_coef):
     """Reward of each token: its KL penalty, and on the last real token the score.
 
     Args:
@@ -197,17 +236,17 @@ def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):
     Returns:
         rewards: (B, R), 0 after the end of a response.
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs).where(response_mask, 0.0)
-    last = response_mask.sum(1) - 1  # (B,)
+    rewards = -kl_ref_coef * (logprobs - ref_logprobs).where(response_mask, 0.0)
+    last = response_mask.shape[1] - 1 - response_mask.flip(1).int().argmax(1)  # (B,), the last True
     return rewards.scatter_add(1, last[:, None], scores[:, None])  # (1)
 
 
-def adapt_kl_coef(kl_coef, kl_ref, num_responses, args):
+def adapt_kl_ref_coef(kl_ref_coef, kl_ref, num_responses, args):
     """The KL coefficient for the next batch (Ziegler et al. 2019, section 2.2)."""
-    if not args.kl_target:
-        return kl_coef
-    error = min(max(kl_ref / args.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * num_responses / args.kl_horizon)  # (2)
+    if not args.kl_ref_target:
+        return kl_ref_coef
+    error = min(max(kl_ref / args.kl_ref_target - 1, -0.2), 0.2)
+    return kl_ref_coef * (1 + error * min(num_responses / args.kl_ref_horizon, 1))  # (2)
 
 
 # ===== Equations (algorithm) =====
@@ -233,7 +272,7 @@ class Critic(torch.nn.Module):
 
 
 def generalized_advantages(rewards, values, response_mask, next_values, gamma, gae_lambda):
-    """Generalized advantage estimation from the last token to the first. What the mask leaves out is skipped.
+    """Generalized advantage estimation from the last token to the first. Masked tokens are skipped.
 
     A response of three tokens and an end token, with room for one more, and gamma = lambda = 1/2:
 
@@ -259,48 +298,41 @@ def generalized_advantages(rewards, values, response_mask, next_values, gamma, g
     return advantages
 
 
-def value_loss(new_values, values, returns, value_clip):
+def value_loss(new_values, values, value_targets, value_clip):
     """Squared error of each value, the larger of the plain and the clipped one: (b, R) -> (b, R)."""
-    error = (new_values - returns) ** 2
+    error = (new_values - value_targets) ** 2
     if value_clip:
         clipped = values + (new_values - values).clamp(-value_clip, value_clip)
-        error = torch.max(error, (clipped - returns) ** 2)
+        error = torch.max(error, (clipped - value_targets) ** 2)
     return 0.5 * error  # (12)
 
 
 def dot(a, b):
-    """Inner product of two (D,) vectors: pieces in their own precision, added up in float64 over all ranks."""
+    """Inner product of two (D,) vectors: pieces in their own precision, added up in float64."""
     size = 2**16 if a.device.type == "cpu" else 2**24  # bounds a CPU's rounding error; a launch each on a GPU
     pieces = [torch.dot(x, y) for x, y in zip(a.split(size), b.split(size))]
-    return all_reduce(torch.stack(pieces).double().sum()).item()
+    return torch.stack(pieces).double().sum().item()
 
 
-def flatten(policy):
-    """The trained parameters as one (D,) vector, copied."""
-    parameters = common.trained_parameters(policy).values()
-    return torch.cat([common.local(parameter.detach()).flatten() for parameter in parameters])
+def trained_parameters(policy):
+    """{name: parameter}, with adapters those alone."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def unflatten(vector, policy):
     """A (D,) vector as a dictionary from parameter names to views of it, in the parameters' shapes."""
-    parameters = {name: common.local(parameter) for name, parameter in common.trained_parameters(policy).items()}
+    parameters = trained_parameters(policy)
     pieces = vector.split([parameter.numel() for parameter in parameters.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
 
-@torch.no_grad()
-def set_parameters(policy, vector):
-    """Copy a (D,) vector into the parameters."""
-    for name, value in unflatten(vector, policy).items():
-        common.local(policy.get_parameter(name)).copy_(value)
-
-
 def take_gradient(policy, out=None):
     """The gradient that the backward passes added up, of all ranks, as one (D,) vector, `out` if given; it is reset."""
-    gradients = [common.local(p.grad).flatten() for p in common.parameters_with_gradients(policy)]
-    vector = torch.cat(gradients, out=out)
+    parameters = trained_parameters(policy).values()  # an expert that no token was routed to has no gradient
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    vector = torch.cat([gradient.flatten() for gradient in gradients], out=out)
     policy.zero_grad()
-    return vector
+    return all_reduce(vector)
 
 
 def plain_attention():
@@ -315,38 +347,38 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
     micro_batches: tensors of row indices. num_tokens: response tokens on all ranks.
     """
     sums = {}
-    for inds in micro_batches:
-        *inputs, mask = [tensor[inds] for tensor in batch]
-        new_logprobs, entropy = common.policy_logprobs(policy, *inputs, args)  # (b, R), (b, R)
-        entropy = entropy.detach()  # logged only: its graph is freed before the backward pass
+    for rows in micro_batches:
+        *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+        new_logprobs, entropy = policy_logprobs(policy, *inputs, mask, args)  # (b, R), (b, R)
         ratio = (new_logprobs - new_logprobs.detach()).exp()  # (b, R), all 1
-        ((ratio * advantages[inds]).where(mask, 0.0).sum() / num_tokens).backward()
-        gap = (new_logprobs - sampler_logprobs[inds]).abs()  # (b, R)
+        ((ratio * advantages[rows]).where(mask, 0.0).sum() / num_tokens).backward()
+        gap = (new_logprobs - sampler_logprobs[rows]).abs()  # (b, R)
         common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
     return take_gradient(policy), common.means_over_ranks(sums, num_tokens)  # (7)
 
 
+@torch.no_grad()
 def jacobian_vector_product(policy, vector, inputs, args):
-    """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (b, r, V), (b, r, V)."""
-    forward_ad, tangents = torch.autograd.forward_ad, unflatten(vector, policy)
-    with forward_ad.dual_level(), torch.no_grad(), plain_attention(), common.blame("--model: no forward mode"):
-        with common.replaced_parameters(policy, tangents, forward_ad.make_dual):
-            return forward_ad.unpack_dual(common.response_logits(policy, *inputs, args) / args.temperature)
+    """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (n, V), (n, V)."""
+    forward_ad, parameters = torch.autograd.forward_ad, trained_parameters(policy)
+    with forward_ad.dual_level(), plain_attention():
+        tangents = unflatten(vector, policy).items()
+        duals = {name: forward_ad.make_dual(parameters[name].detach(), tangent) for name, tangent in tangents}
+        logits = common.response_logits(policy, *inputs, args, duals)
+        return forward_ad.unpack_dual(logits / args.temperature)
 
 
-@torch.compiler.set_stance("force_eager")
 def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
     """F v over the response tokens of the micro-batches on all ranks, in Gauss-Newton form: (D,) -> (D,).
 
     out: (D,), written over with the result if given: on a CPU, getting new memory for each product takes long.
     """
-    num_tokens = all_reduce(sum(batch[2][inds].sum() for inds in micro_batches))
-    for inds in micro_batches:
-        *inputs, mask = [tensor[inds] for tensor in batch]
-        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, r, V), J v
-        p = logits.softmax(-1)  # (b, r, V)
-        change = p * (change - (p * change).sum(-1, keepdim=True))  # (b, r, V), (diag p - p p') J v
-        change = change.where(mask[:, : p.shape[1], None], 0.0) / num_tokens
+    num_tokens = all_reduce(sum(batch[2][rows].sum() for rows in micro_batches))
+    for rows in micro_batches:
+        inputs = [tensor[rows] for tensor in batch]
+        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (n, V), J v
+        p = logits.softmax(-1)  # (n, V)
+        change = p * (change - (p * change).sum(-1, keepdim=True)) / num_tokens  # (n, V), (diag p - p p') J v
         del logits, p  # as large as what the pass below keeps
         with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
             (common.response_logits(policy, *inputs, args) / args.temperature).backward(change)
@@ -355,14 +387,14 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
 
 def fisher_quadratic_form(vector, policy, batch, micro_batches, num_tokens, args):
     """x'Fx over the response tokens on all ranks, without a backward pass: the variance of J x under p."""
-    sums = {}
-    for inds in micro_batches:
-        *inputs, mask = [tensor[inds] for tensor in batch]
-        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (b, r, V)
-        p = logits.softmax(-1)  # (b, r, V)
-        mean_change = (p * change).sum(-1, keepdim=True)  # (b, r, 1)
-        common.add_sums(sums, mask, {"x'Fx": (p * (change - mean_change) ** 2).sum(-1)})
-    return common.means_over_ranks(sums, num_tokens)["x'Fx"]
+    total = 0.0
+    for rows in micro_batches:
+        inputs = [tensor[rows] for tensor in batch]
+        logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (n, V)
+        p = logits.softmax(-1)  # (n, V)
+        mean_change = (p * change).sum(-1, keepdim=True)  # (n, 1)
+        total += (p * (change - mean_change) ** 2).sum(-1).double().sum()
+    return (all_reduce(total) / num_tokens).item()
 
 
 def conjugate_gradient(product, g, iters, relative_damping, tol):
@@ -395,8 +427,8 @@ def conjugate_gradient(product, g, iters, relative_damping, tol):
 
 
 def exact_kl(old_logits, new_logits, temperature):
-    """KL(old || new) of each token over the whole vocabulary: (b, r, V), (b, r, V) -> (b, r)."""
-    old, new = [common.tempered_log_softmax(logits, temperature) for logits in (old_logits, new_logits)]
+    """KL(old || new) of each token over the whole vocabulary: (n, V), (n, V) -> (n,)."""
+    old, new = [(logits / temperature).log_softmax(-1) for logits in (old_logits, new_logits)]  # (n, V) each
     return (old.exp() * (old - new)).sum(-1)
 
 
@@ -406,19 +438,17 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
 
     Logits of the old policy are computed again rather than kept: (B, R, V) is more than many machines hold.
     """
-    sums, old_parameters = {}, unflatten(theta, policy)
-    for inds in micro_batches:
-        *inputs, mask = [tensor[inds] for tensor in batch]
-        tokens = inputs[0][:, -args.response_length :]  # (b, R)
-        with common.replaced_parameters(policy, old_parameters, lambda new, old: old):
-            old_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
-        new_logits = common.response_logits(policy, *inputs, args)  # (b, r, V)
-        new_logprobs, old_logprobs = [
-            common.token_statistics(z, tokens, args.temperature)[0] for z in (new_logits, old_logits)
-        ]  # (b, R)
-        gain = ((new_logprobs - old_logprobs).exp() - 1) * advantages[inds]  # (b, R)
-        common.add_sums(sums, mask, {"gain": gain, "kl": exact_kl(old_logits, new_logits, args.temperature)})
-    return tuple(common.means_over_ranks(sums, num_tokens).values())  # (6)
+    sums, old_parameters = torch.zeros(2, dtype=torch.float64, device=theta.device), unflatten(theta, policy)
+    for rows in micro_batches:
+        inputs = sequences, _, mask = [tensor[rows] for tensor in batch]
+        tokens = sequences[:, -args.response_length :][mask]  # (n,)
+        old_logits = common.response_logits(policy, *inputs, args, old_parameters)  # (n, V)
+        new_logits = common.response_logits(policy, *inputs, args)  # (n, V)
+        new, old = [token_statistics(logits, tokens, args.temperature)[0] for logits in (new_logits, old_logits)]
+        gain = ((new - old).exp() - 1) * advantages[rows][mask]  # (n,)
+        kl = exact_kl(old_logits, new_logits, args.temperature)  # (n,)
+        sums += torch.stack([gain.double().sum(), kl.double().sum()])
+    return tuple((all_reduce(sums) / num_tokens).tolist())  # (6)
 
 
 def line_search(policy, theta, step, predicted_gain, gain_and_kl, max_kl, args):
@@ -427,123 +457,132 @@ def line_search(policy, theta, step, predicted_gain, gain_and_kl, max_kl, args):
     theta, step: (D,). predicted_gain: of the full step. gain_and_kl: function () -> gain and KL of the current policy.
     Returns fraction (0 if no step passed, and theta is back, bit for bit), gain, kl, steps tried.
     """
+    parameters = trained_parameters(policy).values()
     max_tries = args.backtrack_iters if 0 < predicted_gain < torch.inf else 0  # a zero or NaN gradient has no step
     for tried in range(max_tries):
         fraction = args.backtrack_coeff**tried
-        set_parameters(policy, torch.add(theta, step, alpha=fraction))
+        torch.nn.utils.vector_to_parameters(torch.add(theta, step, alpha=fraction), parameters)
         gain, kl = gain_and_kl()
         if kl <= max_kl and args.accept_ratio * fraction * predicted_gain <= gain < torch.inf:  # (11)
             return fraction, gain, kl, tried + 1
-    set_parameters(policy, theta)
+    torch.nn.utils.vector_to_parameters(theta, parameters)
     return 0.0, 0.0, 0.0, max_tries
 
 
 # ===== Main: data, reward and models (shared by all three scripts) =====
 def main(args, checkpoint=None):
     start_time, script = time.time(), Path(__file__).stem
-    rank, world_size, device = common.start_ranks(args.device)
-    common.check_flags(args, script, world_size, checkpoint)
+    rank, world_size, device, args = common.start_ranks(args)
+    common.check_flags(args, world_size)
     local_batch_size = args.batch_size // world_size  # responses on this rank
     num_iterations = args.total_episodes // args.batch_size
-    tokenizer, train_prompts, eval_prompts = common.load_prompts(args, checkpoint)
-    reward_fn = common.load_reward(args, device, train_prompts.rows + eval_prompts.rows)
-    expected = f"a held-out prompt for each of the {world_size} ranks"
-    common.require(len(eval_prompts.rows) >= world_size, "--eval-size", expected, len(eval_prompts.rows))
-    policy = common.load_policy(args, tokenizer, train_prompts.ids + eval_prompts.ids)
-    end_ids = common.end_token_ids(tokenizer, policy)
-    # Sampling in bfloat16 reads half the memory, and with several ranks, over which the policy is spread, each samples
-    # with a whole copy.
+    tokenizer, train_rows, eval_rows = common.load_prompts(args, world_size)
+    score_responses = common.load_reward(args, device, train_rows + eval_rows)
+    policy = common.load_policy(args, tokenizer, train_rows + eval_rows)
+    configured = policy.generation_config.eos_token_id  # one, several or none
+    end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    end_ids = sorted(end_ids - {None})
+    common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
     sampler, reference = policy, None
-    if args.dtype == "bfloat16" or world_size > 1:
-        sampler = common.copy_network(policy, getattr(torch, args.dtype)).requires_grad_(False).to(device)
-    if args.kl_coef:
+    if world_size > 1:  # the policy will be spread over the ranks; each samples with a whole copy
+        sampler = common.copy_network(policy).to(device)
+    if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and its optimizer (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
-    policy = common.prepare(policy, device, args)
-    critic_optimizer = torch.optim.AdamW(
-        critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=True
-    )
-    trained = {"policy": (policy,), "critic": (critic, critic_optimizer)}  # what a checkpoint holds
-    carried = {"kl_coef": args.kl_coef}  # and what goes from one iteration to the next
+    policy = common.prepare(policy, device, args, spread=False)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
+    trained = {"policy": (policy, []), "critic": (critic, critic_optimizer)}  # what a checkpoint holds
+    state = SimpleNamespace(kl_ref_coef=args.kl_ref_coef)  # and what goes from one iteration to the next
     float32_args = Args(**asdict(args) | {"dtype": "float32"})  # for the policy's update
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
-    origin = {"script": script, "args": asdict(args), "world_size": world_size}  # what a resumed run is compared with
-    origin["data"] = common.digest(train_prompts, eval_prompts)
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    digest = zlib.crc32(json.dumps([train_rows, eval_rows], default=str).encode())
     first_iteration = 1
-    if checkpoint:
+    if checkpoint:  # paths may have changed
+        same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
+        common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
         for name, parts in trained.items():
-            common.restore_state(checkpoint[name], *parts)
-        first_iteration, carried = checkpoint["iteration"] + 1, checkpoint["carried"]
+            set_state_dict(*parts, **checkpoint[name], options=common.STATE)
+        first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
+        start_time -= state.seconds
     if rank == 0:
-        run_dir, writer = common.start_run(script, args, (first_iteration - 1) * args.batch_size)
-        sizes = f"{sum(p.numel() for p in policy.parameters()):,} parameters on {world_size} x {device}"
-        sizes += f", {len(train_prompts.rows):,} training and {len(eval_prompts.rows):,} held-out prompts"
-        common.show(f"{script}: {sizes}, {num_iterations:,} x {args.batch_size:,} responses, run directory {run_dir}")
+        parts = script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")
+        run_dir = f"{Path(args.output_dir).expanduser()}/{'__'.join(map(str, parts))}-{os.getpid()}"
+        run_dir = args.resume if checkpoint and num_iterations else run_dir
+        # What a resumed run had logged after its checkpoint is dropped.
+        writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
+        writer.add_text("args", "\n".join(f"    {name} = {value!r}" for name, value in asdict(args).items()))
+        about = f"{sum(size for size, is_trained in sizes if is_trained):,} of {sum(size for size, _ in sizes):,}"
+        about += f" parameters trained, {args.dtype} on {world_size} x {device}, {len(train_rows):,} training and"
+        about += f" {len(eval_rows):,} held-out prompts, {num_iterations:,} x {args.batch_size:,} responses"
+        print(f"{script}: {about}, run directory {run_dir}")
 
-    def sample(prompts, samples_per_prompt=1, **settings):
-        """Responses of the current policy to n `Prompts`.
+    sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
 
-        Returns:
-            sequences, attention_mask (n k, P+R), sampler's log-probabilities (n k, R), n k texts, and facts about them.
-        """
-        ids, mask = prompts.padded(device)  # (n, P)
-        with common.whole_weights(sampler, policy):  # the sampler gets the current weights
-            responses, response_mask, logprobs = common.rollout(  # (n k, R)
-                sampler, ids, mask, end_ids, args, samples_per_prompt, **settings
-            )
-        sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-        attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
-        facts = {"ended": common.has_ended(responses, end_ids).tolist(), "num_tokens": response_mask.sum(1).tolist()}
-        return sequences, attention_mask, logprobs, common.decode(tokenizer, responses, response_mask), facts
+    def log_samples(split, episode, rows, texts, scores, parts):
+        """Append responses, with their prompts, scores and parts, to samples.jsonl. rows: N, or one for k texts."""
+        with open(f"{run_dir}/samples.jsonl", "a") as file:
+            for i, text in enumerate(texts):
+                prompt = rows[i * len(rows) // len(texts)]["prompt"]
+                line = dict(split=split, episode=episode, prompt=prompt, response=text, score=scores[i].item())
+                print(json.dumps(line | {name: values[i].item() for name, values in parts.items()}), file=file)
 
     def evaluate(episode):
         """Mean scores of greedy responses to the held-out prompts, over all ranks; they are logged and shown."""
-        prompts = eval_prompts.select(range(rank, len(eval_prompts.rows), world_size))  # this rank's
-        *_, texts, facts = sample(prompts, greedy=True)
-        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (n,)
-        scores = {"eval/score": scores} | {f"eval/{name}": values for name, values in parts.items()}
+        rows = eval_rows[rank::world_size]  # this rank's
+        *_, texts, facts = sample(rows, greedy=True)
+        scores, parts = score_responses(rows, texts, facts)  # (n,)
+        results = {f"eval/{name}": values for name, values in parts.items()} | {"eval/score": scores}
         if args.reward in ("match", "exact"):  # elsewhere responses are not meant to equal the reference
-            scores["eval/exact"] = torch.tensor(
-                common.exact_reward(None, texts, [row["reference"] for row in prompts.rows])
-            )
-        means = {name: common.mean(values.to(device)).item() for name, values in scores.items()}
+            results["eval/exact"] = torch.tensor(common.exact_reward(None, texts, [row["reference"] for row in rows]))
+        means = {name: common.mean(values.to(device)).item() for name, values in results.items()}
         if rank == 0:
-            common.log_evaluation(writer, episode, means, prompts.rows, texts, scores["eval/score"])
+            log_samples("eval", episode, rows, texts, scores, parts)
+            triples = zip(scores.tolist(), rows[:8], texts)
+            lines = [f"    {score:.3f}  {row['prompt']!r} -> {text!r}" for score, row, text in triples]
+            writer.add_text("samples", "\n".join(lines), episode)  # indented: as code
+            for name, value in means.items():
+                writer.add_scalar(name, value, episode)
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            lines = [*[line[:300] for line in lines[:3]], f"evaluation after {episode:,} episodes: {figures}"]
+            tqdm.write("\n".join(lines))
         return means
 
     if not checkpoint:
-        carried["before"] = carried["after"] = evaluate(0)
-    for iteration in range(first_iteration, num_iterations + 1):
+        common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
+    if not checkpoint or not num_iterations:
+        state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
+    done = first_iteration - 1
+    progress = tqdm(range(done + 1, num_iterations + 1), script, num_iterations, initial=done, disable=rank > 0)
+    for iteration in progress:
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_start = time.time()
         num_prompts = local_batch_size // args.samples_per_prompt
         start = ((iteration - 1) * world_size + rank) * num_prompts
-        prompts = train_prompts.select(common.prompt_indices(len(train_prompts.rows), start, num_prompts, args.seed))
+        prompt_rows = [train_rows[i] for i in common.prompt_indices(len(train_rows), start, num_prompts, args.seed)]
         generator = make_generator(device, args.seed, iteration, rank)
-        sequences, attention_mask, sampler_logprobs, texts, facts = sample(  # (B, P+R), (B, P+R), (B, R)
-            prompts, args.samples_per_prompt, generator=generator
-        )
-        response_mask = attention_mask[:, -args.response_length :]  # (B, R)
+        *batch, sampler_logprobs, texts, facts = sample(prompt_rows, args.samples_per_prompt, generator=generator)
+        sequences, attention_mask, response_mask = batch  # (B, P+R), (B, P+R), (B, R), as is sampler_logprobs
         rollout_seconds = time.time() - iteration_start
 
         # ===== Log-probabilities (algorithm) =====
-        batch = sequences, attention_mask  # (B, P+R), (B, P+R)
-        micro_batches = common.micro_batches_of(torch.arange(local_batch_size, device=device), response_mask, args)
+        groups = torch.arange(local_batch_size, device=device).view(-1, args.samples_per_prompt)  # (B/k, k)
+        micro_batches = common.micro_batches_of(groups, attention_mask, args)
         # The update computes its own in float32. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
-        if args.dtype == "bfloat16" and reference is not None:
-            logprobs = common.batched_logprobs(policy, *batch, micro_batches, args)
+        if args.dtype == "bfloat16":
+            logprobs = batched_logprobs(policy, batch, micro_batches, args)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
-        scores, parts = common.score_responses(reward_fn, args, prompts.rows, texts, facts)  # (B,)
+        scores, parts = score_responses(prompt_rows, texts, facts)  # (B,)
         scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
         if reference is not None:
-            ref_logprobs = common.batched_logprobs(reference, *batch, micro_batches, args)
-        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, carried["kl_coef"])  # (B, R)
+            ref_logprobs = batched_logprobs(reference, batch, micro_batches, args)
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, response_mask, state.kl_ref_coef)  # (B, R)
         metrics = {
             "objective/score": common.mean(scores).item(),
             "objective/return": common.mean(rewards.sum(1)).item(),
@@ -552,53 +591,61 @@ def main(args, checkpoint=None):
         } | {f"reward/{name}": common.mean(values.to(device)).item() for name, values in parts.items()}
         if reference is not None:
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
-            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_coef": carried["kl_coef"]}
-            carried["kl_coef"] = adapt_kl_coef(carried["kl_coef"], kl_ref, args.batch_size, args)
+            metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
+            state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
+        weights = torch.ones_like(logprobs)  # (B, R), truncated importance weights of the policy to the sampler
+        if args.dtype == "bfloat16" and args.sampler_clip:
+            weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
+            is_clipped = (weights == args.sampler_clip).float()  # (B, R)
+            metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====
-        all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch)  # (B, R+1)
+        all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R)
-        bootstraps = ~ended & (args.truncation == "bootstrap")  # (B,)
-        next_values = all_values[:, -1].where(bootstraps, 0.0)  # (B,): a response that was cut has R tokens
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), and so has R tokens
+        value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
         advantages = generalized_advantages(  # (B, R)
-            rewards, values, response_mask, next_values, args.gamma, args.gae_lambda
+            rewards, values, response_mask, value_after, args.gamma, args.gae_lambda
         )
-        returns = advantages + values  # (B, R) (5), with the advantages before they are whitened
-        variance = common.variance(returns, response_mask)
-        explained = 1 - common.variance(advantages, response_mask) / variance  # advantages = returns - values
-        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all returns are equal
+        value_targets = advantages + values  # (B, R) (5), with the advantages before they are whitened
+        variance = common.variance(value_targets, response_mask)
+        explained = 1 - common.variance(advantages, response_mask) / variance  # advantages = value_targets - values
+        metrics["value/explained_variance"] = explained.item() if variance > 1e-8 else 0.0  # 0 if all targets are equal
         metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
+        advantages = advantages * weights  # (B, R)
 
         # ===== [4/5] TRPO update (algorithm) =====
         remaining = 1 - (iteration - 1) / num_iterations  # of the run
         max_kl = args.max_kl * (remaining if args.anneal_max_kl else 1)
         num_tokens = all_reduce(response_mask.sum())
-        theta, data = flatten(policy), (sequences, attention_mask, response_mask)  # (D,)
+        theta = torch.nn.utils.parameters_to_vector(trained_parameters(policy).values()).detach()  # (D,)
         g, means = surrogate_gradient(  # (D,)
-            policy, data, micro_batches, advantages, sampler_logprobs, num_tokens, float32_args
+            policy, batch, micro_batches, advantages, sampler_logprobs, num_tokens, float32_args
         )
         key = args.seed, iteration, rank, args.update_epochs  # unlike the critic's
-        rows = torch.randperm(local_batch_size, generator=make_generator("cpu", *key)).to(device)  # of many prompts
-        rows = rows[: max(1, round(args.fvp_fraction * local_batch_size))]
-        product = torch.empty_like(g)  # (D,), written over by each product
-        subset = policy, data, common.micro_batches_of(rows, response_mask, args), float32_args, product
-        x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
-            lambda v, i=subset: fisher_vector_product(v, *i), g, args.cg_iters, args.cg_damping, args.cg_tol
+        subset = torch.randperm(local_batch_size, generator=make_generator("cpu", *key)).to(device)  # of many prompts
+        subset = subset[: max(1, round(args.fvp_fraction * local_batch_size))]
+        few = common.micro_batches_of(subset[:, None], attention_mask, args)
+        out = torch.empty_like(g)  # (D,), for all products
+        product = functools.partial(
+            fisher_vector_product, policy=policy, batch=batch, micro_batches=few, args=float32_args, out=out
         )
-        del product, subset  # as large as the policy: freed before the passes below
-        curvature = fisher_quadratic_form(x, policy, data, micro_batches, num_tokens, float32_args)
+        x, damping, residual, cg_iters = conjugate_gradient(  # (D,)
+            product, g, args.cg_iters, args.cg_damping, args.cg_tol
+        )
+        del product, out  # as large as the policy: freed before the passes below
+        curvature = fisher_quadratic_form(x, policy, batch, micro_batches, num_tokens, float32_args)
         scale = (2 * max_kl / curvature) ** 0.5 if 0 < curvature < torch.inf else 0.0  # (10)
         predicted_gain = scale * dot(g, x)
-        whole = policy, theta, data, micro_batches, advantages, num_tokens, float32_args
-        fraction, gain, kl, tried = line_search(
-            policy, theta, x.mul_(scale), predicted_gain, lambda i=whole: surrogate_gain_and_kl(*i), max_kl, args
+        gain_and_kl = functools.partial(
+            surrogate_gain_and_kl, policy, theta, batch, micro_batches, advantages, num_tokens, float32_args
         )
-        del theta, g, x, whole  # as large as the policy: freed before the critic's update and the next batch
+        fraction, gain, kl, tried = line_search(policy, theta, x.mul_(scale), predicted_gain, gain_and_kl, max_kl, args)
+        del theta, g, x, gain_and_kl  # as large as the policy: freed before the critic's update and the next batch
         if rank == 0 and not fraction:
-            why = f"none of {tried} steps passed the line search" if tried else "no usable gradient"
-            common.show(f"iteration {iteration}: policy not updated, {why}")
+            tqdm.write(f"iteration {iteration}: policy not updated, {tried} steps failed the line search")
         metrics |= means | {
             "trpo/kl": kl,
             "trpo/max_kl": max_kl,
@@ -616,13 +663,14 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * (remaining if args.anneal_lr else 1)
         losses = []
         for epoch in range(args.update_epochs):
-            for minibatch in common.shuffled_minibatches(response_mask, args, args.seed, iteration, rank, epoch):
+            for minibatch in common.shuffled_minibatches(attention_mask, args, args.seed, iteration, rank, epoch):
                 num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
-                for inds in minibatch:
-                    new_values = critic(sequences[inds], attention_mask[inds], args)[:, :-1]  # (b, R)
-                    v_loss = value_loss(new_values, values[inds], returns[inds], args.value_clip)  # (b, R)
-                    (v_loss.where(response_mask[inds], 0.0).sum() / num_tokens).backward()
-                    common.add_sums(sums, response_mask[inds], {"loss/value": v_loss})
+                for rows in minibatch:
+                    *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+                    new_values = critic(*inputs, args)[:, :-1]  # (b, R)
+                    v_loss = value_loss(new_values, values[rows], value_targets[rows], args.value_clip)  # (b, R)
+                    (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
+                    common.add_sums(sums, mask, {"loss/value": v_loss})
                 common.clip_gradients(critic, args.max_grad_norm)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
@@ -637,29 +685,34 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            common.show_progress(iteration, num_iterations, metrics)
+            log_samples("train", episode, prompt_rows[:1], texts[: args.samples_per_prompt], scores, parts)
+            shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
+            progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
-            carried["after"] = evaluate(episode)
+            state.after = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
-            state = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            states = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            state.seconds = time.time() - start_time
             if rank == 0:
-                state |= origin | {"iteration": iteration, "carried": carried}
-                common.save_checkpoint(run_dir, iteration, state)
-            del state  # as large as all that is trained
+                kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
+                common.save_checkpoint(run_dir, iteration, states | kept | {"state": vars(state)})
+            del states  # as large as all that is trained
 
     # ===== Finish (shared by all three scripts) =====
-    weights = common.gather_state(policy)["weights"] if num_iterations else None
+    weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        if weights:
-            common.save_model(args, tokenizer, train_prompts.ids + eval_prompts.ids, weights, f"{run_dir}/model")
         facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
-        common.show_summary(run_dir, carried["before"], carried["after"], facts)
+        summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
+        summary |= {name.replace("/", "_"): value for name, value in state.after.items()} | facts
+        Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if weights:
+            common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)
+        print("final", *[f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()])
     if world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(*common.parse_flags(Args, TINY))
+    main(*common.parse_flags(Args, TINY, ADAPTERS))

@@ -2,19 +2,28 @@
 
 import argparse
 import contextlib
+import importlib
+import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import common
+import trpo_lm
 
 import torch
+import tyro
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["reinforce_lm", "ppo_lm", "trpo_lm"]
+NUMBERS = itertools.count()
 
 
 def error_line(capsys):
@@ -35,6 +44,11 @@ SHAPES = {
 }
 
 
+def character_tokenizer(characters):
+    """The tokenizer of --model tiny for texts of these characters."""
+    return common.load_tokenizer("tiny", [{"prompt": characters}])
+
+
 def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_token_id=None, **settings):
     """A causal language model with loud random weights, so that its distribution is far from uniform."""
     config = AutoConfig.for_model(kind, vocab_size=vocab_size, **(SHAPES.get(kind, {}) | settings))
@@ -52,10 +66,30 @@ def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_toke
 def run_main(script, *flags):
     """Run a script's main in this process, as its command line would, with TINY's defaults for every model."""
     argv = [str(flag) for flag in flags]
-    with common.one_line_errors():
+    try:
         if "--resume" in argv:
-            return script.main(*common.parse_flags(script.Args, script.TINY, argv))
-        return script.main(common.parse(script.Args, argv, script.Args(**script.TINY), ""))
+            return script.main(*common.parse_flags(script.Args, script.TINY, script.ADAPTERS, argv))
+        return script.main(tyro.cli(script.Args, args=argv, default=script.Args(**script.TINY)))
+    except common.InputError as error:  # as Python does
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def run_in(folder, script, *flags):
+    """`run_main`, given a script or its name, into a folder without runs; returns the run directory."""
+    run_main(importlib.import_module(script) if isinstance(script, str) else script, *flags, "--output-dir", folder)
+    (run_dir,) = Path(folder).iterdir()
+    return run_dir
+
+
+def reward_file(folder, code):
+    """Write code that defines a reward function `fn` to a file, and return it as --reward takes it.
+
+    Each file has its own name, since Python imports a module of one name only once.
+    """
+    path = Path(folder, f"mine_{next(NUMBERS)}.py")
+    path.write_text(code)
+    return f"{path}:fn"
 
 
 def run_with_output(function, args, output, environment):
@@ -65,6 +99,7 @@ def run_with_output(function, args, output, environment):
         os.dup2(file.fileno(), stream)
     sys.stdout = sys.stderr = file  # multiprocessing writes the traceback of an error there
     os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # the one it had is shared: killed with it, this would block its parent's bars
     function(*args)
 
 
@@ -94,14 +129,20 @@ def fork_ranks(world_size, function, *args, output):
     return processes
 
 
-def finish(processes, outputs):
-    """Wait for forked processes; fails with the output of the first that did not end well."""
-    for process, output in zip(processes, outputs, strict=True):
-        process.join(60)
-        if process.exitcode != 0:
-            for other in processes:
-                other.kill()  # or pytest would wait for them
-            raise AssertionError(Path(output).read_text())
+def finish(processes, outputs, seconds=300):
+    """Wait for forked processes; fails with the output of one that did not end well, or not within `seconds`."""
+    end, running = time.monotonic() + seconds, dict(zip(processes, outputs, strict=True))
+    while running:
+        ready = multiprocessing.connection.wait([p.sentinel for p in running], max(0, end - time.monotonic()))
+        ended = [process for process in running if process.sentinel in ready]
+        for process in ended or running:
+            process.join(None if ended else 0)
+            if process.exitcode != 0:
+                why = f"exit code {process.exitcode}" if ended else f"still running after {seconds} seconds"
+                for other in processes:
+                    other.kill()  # or pytest would wait for them
+                raise AssertionError(f"{why}\n{Path(running[process]).read_text()}")
+        running = {process: output for process, output in running.items() if process not in ended}
 
 
 def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=False):
@@ -109,12 +150,12 @@ def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=Fals
     flags = argparse.Namespace(
         model=model, seed=seed, trust_remote_code=trust_remote_code, response_length=1, lora_rank=0
     )
-    return common.load_policy(flags, tokenizer, [[0] * (context_length - 1)])
+    return common.load_policy(flags, tokenizer, [{"input_ids": [0] * (context_length - 1)}])
 
 
 def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_prompt=1, **settings):
     """`common.rollout` with the flags that it reads given by name."""
-    flags = dict(response_length=response_length, temperature=1.0, rollout_batch_size=2**20, cuda_graph=True)
+    flags = dict(response_length=response_length, temperature=1.0, cuda_graph=True)
     flags = {name: settings.pop(name, value) for name, value in flags.items()}
     flags = argparse.Namespace(**flags)
     return common.rollout(model, prompts, prompt_mask, end_ids, flags, samples_per_prompt, **settings)
@@ -140,3 +181,13 @@ def recorded_gradients(optimizer_class, record=flat_gradient):
         yield steps
     finally:
         optimizer_class.step = step
+
+
+def flatten(policy):
+    """The trained parameters as one (D,) vector, copied."""
+    return torch.nn.utils.parameters_to_vector(trpo_lm.trained_parameters(policy).values()).detach()
+
+
+def set_parameters(policy, vector):
+    """Copy a (D,) vector into the trained parameters."""
+    torch.nn.utils.vector_to_parameters(vector, trpo_lm.trained_parameters(policy).values())

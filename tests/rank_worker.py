@@ -1,40 +1,53 @@
-"""One rank of test_ranks.py: `work(OUT, RUNS_DIR)` runs every script and saves what it saw.
+"""One rank of test_ranks.py: `work(OUT, RUNS_DIR, DATASET)` runs every script and saves what it saw.
 
 Responses are sampled from a generator that depends on the prompt alone, so that they are the same however prompts are
 spread over ranks.
 """
 
+import copy
 import ctypes
 import gc
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import ppo_lm
 import trpo_lm
 
+import peft  # noqa: F401  here and in the next line, once and not in each process
 import torch
-from helpers import SHAPES, recorded_gradients, run_main, tiny_model
-from test_shared_prompts import make_batch
+import torch._decomp.decompositions_for_jvp
+from helpers import SHAPES, flatten, run_main, set_parameters, tiny_model
+from test_shared_prompts import groups_of, make_batch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
-ONE = ["--num-minibatches", 1]
+ONE, SMALL = ["--num-minibatches", 1], ["--micro-batch-tokens", 80]
+PARTS = ["--reward", f"{__file__}:reward_with_parts"]
 RUNS = {
-    "reinforce_lm": [],
-    # The first update ends early by the KL of all ranks, 0.0332; by its own, 0.0322, the first of two would go on.
-    "ppo_lm": [*ONE, "--update-epochs", 3, "--target-kl", 0.0327],
-    "trpo_lm": [*ONE, "--fvp-fraction", 1, "--cg-iters", 4],
-    "ppo_lm penalty": [*ONE, "--surrogate", "kl_penalty", "--truncation", "bootstrap", "--micro-batch-size", 5],
+    "reinforce_lm": SMALL,
+    "reinforce_lm mean": ["--baseline", "mean", "--normalize-advantages"],
+    "reinforce_lm ema": ["--baseline", "ema"],
+    "reinforce_lm greedy": ["--baseline", "greedy", *PARTS],
+    # The first update ends early by the KL of all ranks, 0.0359; by its own, 0.0338, the first of two would go on.
+    "ppo_lm": [*ONE, "--update-epochs", 3, "--target-kl", 0.035],
+    "ppo_lm penalty": [*ONE, "--surrogate", "kl_penalty", "--truncation", "bootstrap", *SMALL, *PARTS],
     "ppo_lm bfloat16 lora": [*ONE, "--dtype", "bfloat16", "--lora-rank", 2, "--activation-checkpointing"],
+    "trpo_lm": [*ONE, "--fvp-fraction", 1, "--cg-iters", 4, *SMALL],
     "trpo_lm lora": [*ONE, "--cg-iters", 4, "--lora-rank", 2, "--fvp-fraction", 1],
-    "trpo_lm half": [*ONE, "--cg-iters", 2, "--fvp-fraction", 0.5, "--micro-batch-size", 7],
-} | {
-    f"reinforce_lm {name}": ["--baseline", name, "--normalize-advantages"] for name in ("none", "mean", "ema", "greedy")
+    "trpo_lm half": [*ONE, "--cg-iters", 2, "--fvp-fraction", 0.5, *SMALL, *PARTS],
 }
 
-sample, load_policy = common.rollout, common.load_policy
+sample, load_policy, clip_gradients = common.rollout, common.load_policy, common.clip_gradients
+add_scalar = ppo_lm.SummaryWriter.add_scalar
+
+
+def reward_with_parts(prompts, responses, **columns):
+    scores = common.match_reward(prompts, responses, **columns)
+    return scores, {"prompt_length": list(map(len, prompts)), "length": list(map(len, responses))}
 
 
 def rollout_by_prompt(model, prompts, prompt_mask, *rest, **settings):
@@ -42,14 +55,14 @@ def rollout_by_prompt(model, prompts, prompt_mask, *rest, **settings):
         return sample(model, prompts, prompt_mask, *rest, **settings)
     parts = []
     for prompt, mask in zip(prompts, prompt_mask):
-        settings["generator"] = common.make_generator("cpu", *prompt.tolist())
+        settings["generator"] = common.make_generator("cpu", *prompt[mask].tolist())
         parts.append(sample(model, prompt[None], mask[None], *rest, **settings))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def statistics():
     """Masked mean and whitening of rows that are spread over the ranks so that the second has no valid token."""
-    rank, world_size, _ = common.start_ranks("cpu")
+    rank, world_size, *_ = common.start_ranks(ppo_lm.Args(device="cpu"))
     values = torch.tensor([[1.0, 2.0, 99.0], [4.0, -7.0, 5.0], [7.0, 7.0, 7.0], [8.0, 8.0, 8.0]])
     mask = torch.tensor([[True, True, False], [True, False, True], [False] * 3, [False] * 3])
     mine = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
@@ -57,59 +70,53 @@ def statistics():
     return {"mean": mean, "white": white}
 
 
-def gathered(vector, policy):
-    """The (D,) vector of which TRPO holds a part on each rank."""
-    pieces = trpo_lm.unflatten(vector, policy).items()
-    return torch.cat([common.gathered(piece, policy.get_parameter(name)).flatten() for name, piece in pieces])
+def whole_gradient(network):
+    """The gradient of all ranks as one vector in float64."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else common.whole(p.grad) for p in trained]
+    return torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
-def train(run, runs_dir):
-    """Returns the gradients that were stepped with, the weights, and what TRPO's line search did."""
-    name, runs_dir = run.partition(" ")[0], f"{runs_dir}/{run}"
-    script, models, searches, natural_steps, divergences = importlib.import_module(name), [], [], [], []
-    adapt = script.adapt_kl_coef
+def train(run, runs_dir, dataset):
+    """Returns the gradients before they are clipped, the weights, and what TRPO's line search did.
 
-    def recording_adapt(kl_coef, kl_ref, num_responses, args):
-        divergences.append([kl_ref, num_responses])
-        return adapt(kl_coef, kl_ref, num_responses, args)
+    And PPO's mean ratios of the first minibatches, in float64: they are 1 if each ratio is.
+    """
+    script, models, gradients, searches, natural_steps = importlib.import_module(run.split()[0]), [], [], [], []
+    ratios = []
 
-    script.adapt_kl_coef = recording_adapt
+    def recording_scalar(writer, name, value, step):
+        ratios.extend([value] if name == "policy/ratio_first_minibatch" else [])
+        add_scalar(writer, name, value, step)
+
+    def recording_clip(network, max_grad_norm):
+        gradients.append(whole_gradient(network))
+        return clip_gradients(network, max_grad_norm)
+
+    def recording_gradient(*args):
+        result = surrogate_gradient(*args)
+        gradients.append(result[0].double())
+        return result
+
+    def recording_search(policy, theta, step, predicted_gain, *rest):
+        result = line_search(policy, theta, step, predicted_gain, *rest)
+        searches.append([predicted_gain, *result])
+        natural_steps.append(step.clone())
+        return result
+
     common.load_policy = lambda *args, **settings: models.append(load_policy(*args, **settings)) or models[-1]
-    if name == "trpo_lm":
-        search = script.line_search
-
-        def recording_search(policy, theta, step, predicted_gain, *rest):
-            result = search(policy, theta, step, predicted_gain, *rest)
-            searches.append([predicted_gain, *result])
-            natural_steps.append(gathered(step, policy))
-            return result
-
-        script.line_search = recording_search
-    updates = 1 if " " in run else 2
-    flags = [
-        "--total-episodes",
-        32 * updates,
-        "--batch-size",
-        32,
-        "--response-length",
-        12,
-        "--eval-size",
-        7,
-        "--save-every",
-        0,
-    ]
-    flags += ["--response-length", 6] if " " in run else []
-    flags += ["--kl-coef", 0.1, "--kl-target", 0.5, "--device", "cpu", "--output-dir", runs_dir, *RUNS[run]]
-    with recorded_gradients(torch.optim.AdamW) as steps:
-        run_main(script, *flags)
-    script.adapt_kl_coef = adapt
-    if name == "trpo_lm":
-        script.line_search = search
-    seen = {"gradients": steps, "searches": searches, "natural steps": natural_steps, "divergences": divergences}
-    return seen | {"weights": {name: common.whole(weight).clone() for name, weight in models[0].state_dict().items()}}
+    common.clip_gradients, script.SummaryWriter.add_scalar = recording_clip, recording_scalar
+    surrogate_gradient, line_search = trpo_lm.surrogate_gradient, trpo_lm.line_search
+    trpo_lm.surrogate_gradient, trpo_lm.line_search = recording_gradient, recording_search
+    flags = ["--total-episodes", 64, "--batch-size", 32, "--response-length", 6, "--eval-size", 7, "--save-every", 0]
+    flags += ["--kl-ref-coef", 0.1, "--kl-ref-target", 0.5, "--kl-ref-horizon", 64, "--dataset", dataset]
+    run_main(script, *flags, "--device", "cpu", "--output-dir", f"{runs_dir}/{run}", *RUNS[run])
+    trpo_lm.surrogate_gradient, trpo_lm.line_search = surrogate_gradient, line_search
+    weights = {name: common.whole(weight).clone() for name, weight in models[0].state_dict().items()}
+    return dict(gradients=gradients, searches=searches, natural_steps=natural_steps, weights=weights, ratios=ratios)
 
 
-KINDS = {"gpt2": {}, "llama": {}, "qwen3": {}, "gemma2": {}, "mixtral": SHAPES["llama"] | dict(num_local_experts=3)}
+KINDS = {"gpt2": {}, "qwen3": {}, "gemma2": {}, "mixtral": SHAPES["llama"] | dict(num_local_experts=3)}
 
 
 def passes(kind, rank, world_size):
@@ -120,34 +127,51 @@ def passes(kind, rank, world_size):
     policy = tiny_model(kind, **KINDS[kind])
     critic = ppo_lm.Critic(policy)
     torch.nn.init.normal_(critic.head.weight)
-    args = trpo_lm.Args(dtype="float32", response_length=4, micro_batch_size=4, activation_checkpointing=True)
-    copied = common.copy_network(policy, torch.float32)
+    args = trpo_lm.Args(dtype="float32", response_length=4, activation_checkpointing=True)
+    sampler, whole_policy = copy.deepcopy(policy), copy.deepcopy(policy)
     networks = [common.prepare(network, torch.device("cpu"), args) for network in (critic, policy)]
+    common.prepare(whole_policy, torch.device("cpu"), args, spread=False)
     sequences, mask = make_batch([9, 7, 8, 6, 5, 4, 3], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])
     mine = torch.arange(16).tensor_split(world_size)[rank]
     batch, weights = (sequences[mine], mask[mine], mask[mine, -4:]), torch.linspace(-1, 1, 64).view(16, 4)[mine]
-    micro_batches, seen = torch.arange(len(mine)).split(4), {}
-    for inds in micro_batches:
-        inputs = batch[0][inds], batch[1][inds]
-        logprobs, _ = common.policy_logprobs(policy, *inputs, args)
-        (logprobs * weights[inds])[batch[2][inds]].sum().backward()
-        critic(*inputs, args)[:, :-1][batch[2][inds]].square().sum().backward()
-    seen["critic"] = torch.cat([common.whole(p.grad).flatten() for p in critic.parameters()])
-    gradient = trpo_lm.take_gradient(policy)
-    seen["policy"] = gathered(gradient, policy)
-    trpo_lm.set_parameters(policy, trpo_lm.flatten(policy) + 0.1 * gradient / trpo_lm.dot(gradient, gradient) ** 0.5)
+    micro_batches, num_tokens, seen = torch.arange(len(mine)).split(4), mask[:, -4:].sum(), {}
+    for rows in micro_batches:
+        *inputs, response_mask = [tensor[rows] for tensor in batch]
+        logprobs, _ = ppo_lm.policy_logprobs(policy, *inputs, response_mask, args)
+        (logprobs * weights[rows]).sum().backward()
+        critic(*inputs, args)[:, :-1][response_mask].square().sum().backward()
+    seen["critic"], seen["policy"] = whole_gradient(critic), whole_gradient(policy)
+    g, means = trpo_lm.surrogate_gradient(whole_policy, batch, micro_batches, weights, weights, num_tokens, args)
+    seen |= {"whole": g, "entropy": means["policy/entropy"]}
+    set_parameters(whole_policy, flatten(whole_policy) + 0.1 * g / g.norm())
     if kind != "mixtral":
-        product = trpo_lm.fisher_vector_product(gradient, policy, batch, micro_batches, args)
-        seen["product"], seen["curvature"] = gathered(product, policy), trpo_lm.dot(product, gradient)
-    with common.whole_weights(copied, policy):
-        seen["copy"] = torch.nn.utils.parameters_to_vector(copied.parameters()).detach()
-    assert not any(parameter.numel() for parameter in copied.parameters())
-    expected = [common.whole(parameter.detach()) for parameter in policy.parameters()]
-    assert torch.equal(seen["copy"], torch.nn.utils.parameters_to_vector(expected))
+        product = trpo_lm.fisher_vector_product(g, whole_policy, batch, micro_batches, args)
+        quadratic = trpo_lm.fisher_quadratic_form(g, whole_policy, batch, micro_batches, num_tokens, args)
+        seen |= {"product": product, "curvature": trpo_lm.dot(product, g), "quadratic": quadratic}
+    with torch.no_grad():  # a step of the policy, which the sampler takes, too
+        for parameter in policy.parameters():
+            parameter.sub_(0.1 if parameter.grad is None else 0.1 + 0.1 * parameter.grad)
+    tokenizer, prompts = SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)), [{"input_ids": [1, 2]}]
+    common.sample(sampler, policy, tokenizer, [0], args, prompts, greedy=True)
+    seen["sampler"] = torch.nn.utils.parameters_to_vector(sampler.parameters()).detach()
     for network in networks:
         assert all(isinstance(p, DTensor) == (world_size > 1) for p in network.parameters()), "whole after a pass"
-        assert len(common.shards(network)) == (3 if world_size > 1 else 1), "two layers and the rest"
+        shards = sum(isinstance(module, FSDPModule) for module in network.modules())
+        assert shards == (3 if world_size > 1 else 0), "two layers and the rest"
     return seen
+
+
+def numbers_of_passes(rank, world_size):
+    """Rows of each micro-batch, for prompts and responses that are longer on the first ranks, and several budgets."""
+    lengths = torch.arange(24).tensor_split(world_size)[rank]
+    sequences, mask = make_batch([1 + i // 3 for i in lengths], [*range(len(lengths))], 6, (1 + lengths // 4).tolist())
+    numbers, args = [], trpo_lm.Args(response_length=6)
+    for args.micro_batch_tokens in (1, 20, 50, 100):
+        for k in (1, 2, 4):
+            micro_batches = common.micro_batches_of(groups_of(len(lengths) // k, k), mask, args)
+            assert sorted(torch.cat(micro_batches).tolist()) == list(range(len(lengths)))
+            numbers.append([len(rows) for rows in micro_batches])
+    return numbers
 
 
 class Experts(torch.nn.Module):
@@ -161,15 +185,15 @@ class Experts(torch.nn.Module):
         return self.experts[rank](torch.full((3,), rank + 1.0)).sum()
 
 
-def experts(rank, world_size):
-    network = common.prepare(Experts(world_size), torch.device("cpu"), trpo_lm.Args())
+def experts(rank):
+    network = common.prepare(Experts(torch.distributed.get_world_size()), torch.device("cpu"), trpo_lm.Args())
     network(rank).backward()
     common.clip_gradients(network, 1e9)
     return [common.whole(parameter.grad) for parameter in network.parameters()]
 
 
 def memory():
-    """Bytes that this process holds more than before, for a model of 20M parameters that has made a step of Adam."""
+    """Bytes that this process holds more than before, for a model of 7M parameters that has made a step of Adam."""
 
     def resident():
         gc.collect()
@@ -177,22 +201,21 @@ def memory():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     ctypes.CDLL(None).mallopt(-3, 2**16)  # tensors have memory of their own, which goes back when they are freed
-    before, args = resident(), trpo_lm.Args(dtype="float32", response_length=4)
-    policy = tiny_model("gpt2", n_embd=512, n_layer=6)
-    policy = common.prepare(policy, torch.device("cpu"), args)
-    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-    sequences, mask = make_batch([5, 5], [0, 1])
-    common.policy_logprobs(policy, sequences, mask, args)[0].sum().backward()
-    optimizer.step()
+    args, (sequences, mask) = ppo_lm.Args(dtype="float32", response_length=4), make_batch([5, 5], [0, 1])
+    for width in (8, 320):  # what the first of all passes loads does not count
+        before = resident()
+        policy = common.prepare(tiny_model("gpt2", n_embd=width, n_layer=6), torch.device("cpu"), args)
+        optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+        ppo_lm.policy_logprobs(policy, sequences, mask, mask[:, -4:], args)[0].sum().backward()
+        optimizer.step()
     return {"bytes": resident() - before, "parameters": sum(p.numel() for p in policy.parameters())}
 
 
 def work_without_runs(out):
-    rank, world_size, _ = common.start_ranks("cpu")
-    common.MIN_SAVED_TOKENS = 0
-    seen = {"memory": memory()}  # first, as what others free would be taken again
+    rank, world_size, *_ = common.start_ranks(ppo_lm.Args(device="cpu"))
+    seen = {"memory": memory()} if world_size < 3 else {}  # first, as what others free would be taken again
     seen |= {kind: passes(kind, rank, world_size) for kind in (KINDS if world_size < 3 else ["gpt2"])}
-    seen["experts"] = experts(rank, world_size)
+    seen |= {"passes": numbers_of_passes(rank, world_size)} | ({"experts": experts(rank)} if world_size > 1 else {})
     torch.save(seen, f"{out}.{rank}")
 
 
@@ -202,9 +225,8 @@ def work_on(script, *flags):
     run_main(importlib.import_module(script), *flags)
 
 
-def work(out, runs_dir):
-    common.rollout, common.NUM_SORT_PROMPTS = rollout_by_prompt, 2**9
-    common.save_model = lambda *args: None
+def work(out, runs_dir, dataset):
+    common.rollout, common.save_model = rollout_by_prompt, lambda *args: None
     torch.distributed.destroy_process_group = lambda: None  # the next script goes on with it
-    result = {"statistics": statistics()} | {run: train(run, runs_dir) for run in RUNS}
+    result = {"statistics": statistics()} | {run: train(run, runs_dir, dataset) for run in RUNS}
     torch.save(result, f"{out}.{os.environ.get('RANK', 0)}")

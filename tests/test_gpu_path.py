@@ -4,6 +4,7 @@ import importlib
 import re
 
 import common
+from reinforce_lm import Args
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from helpers import ROOT, finish, fork
 from pretend_gpu import run_on_it
 from test_runs import scalars
 
-SIZES = ["--batch-size", 16, "--micro-batch-size", 8, "--rollout-batch-size", 8]
+SIZES = ["--batch-size", 16, "--micro-batch-tokens", 240, "--rollout-tokens", 240]
 SIZES += ["--response-length", 24, "--eval-size", 4, "--temperature", 0.8, "--device", "pretend"]
-GREEDY = ["--baseline", "greedy", "--kl-target", 3]
+GREEDY = ["--baseline", "greedy", "--kl-ref-target", 3]
 PENALTY = ["--surrogate", "kl_penalty", "--activation-checkpointing"]
 CASES = [  # script, model, flags, largest gap
     ("reinforce_lm", "gpt2", ["--total-episodes", 32, *GREEDY, "--response-length", 22], 1e-5),
@@ -44,37 +45,39 @@ def test_the_whole_loop_on_a_pretend_gpu(script, kind, flags, largest_gap, model
     assert len(gaps) == updates and max(gaps) < largest_gap, "replayed passes give the log-probabilities of the loss"
 
 
-def test_cudnn_attention_is_off_and_tf32_is_on():
-    torch.backends.cuda.enable_cudnn_sdp(True)
+def test_on_a_gpu_cudnn_attention_is_off_tf32_is_on_and_passes_are_in_bfloat16(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
-    common.start_ranks("cpu")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    *_, device, args = common.start_ranks(Args())
+    assert device.type == "cpu" and args.dtype == "float32" and torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        *_, device, args = common.start_ranks(Args())
+        assert device.type == "cuda" and args.dtype == "bfloat16"
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.matmul.allow_tf32
+        assert common.start_ranks(Args(dtype="float32"))[3].dtype == "float32"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):
-    """On the CPU, with a tiny model; the parts that start other processes or compile are left out."""
+    """On the CPU, with a tiny model; nothing is compiled, and the part that starts other processes is left out."""
     monkeypatch.syspath_prepend(ROOT / "benchmark")
-    throughput = importlib.import_module("throughput")
-    parts = ("card", "correctness", "rollout", "update")
-    sizes = dict(shape="tiny", device="cpu", gpu_prompts=1, gpu_length=8, rounds=1)
-    throughput.main(throughput.Args(sections=("gpu",), gpu_parts=parts, **sizes))
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.one_tree, "compile_layers", lambda policy, **settings: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    gpu.main(gpu.Args(parts="card,correctness,steps,rollout,update", small=True))
     output = capsys.readouterr().out
-    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|", output, re.M))
-    assert "failed" not in output and "not finite | none" in output
-    exact = [
-        f"{name}, {precision}, against the CPU"
-        for name in ("gradient", "Fisher product")
-        for precision in ("float32", "TF32")
-    ]
-    assert all(float(rows[name]) < 1e-6 for name in exact)
-    assert float(rows["w'Fv - v'Fw, float32, relative to v'Fv"]) < 1e-5
-    assert float(rows["sampler gap in nats, bfloat16, without a CUDA graph"]) < 0.01
-    for name in (
-        "copy, read and written",
-        "`common.rollout`, ragged",
-        "`generate`, static cache",
-        "padded",
-        "--lora-rank 8",
-    ):
-        assert re.match(r"[\d.,]+", rows[name])
+    assert "failed" not in output
+    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| (.*?) \| (.+) \|$", output, re.M)}
+    gradient, fisher_product, equal_tokens, _ = map(float, rows["float32 (TF32)"])
+    assert gradient < 1e-6 and fisher_product < 1e-6 and equal_tokens == 1, "the CPU against the CPU"
+    assert 1e-4 < float(rows["bfloat16"][0]) < 0.05
+    for change in ("pass, one mask", "pass, one mask, compiled layers"):
+        assert float(rows[change][5]) < 0.01, "another way to the same logits"
+    updates = [name for name in rows if name.startswith("--micro-batch-tokens") or "compiled layers" == name[-15:]]
+    norms = {rows[name][5] for name in rows if "micro-batch" in name or "layers compiled" in name}
+    assert len(norms) == 1 and len(updates) >= 3, "memory and speed knobs"
+    assert {"ragged", "fixed length, `generate`", "sampling, compiled"} <= set(rows)

@@ -1,24 +1,22 @@
 """All three scripts against the best policy there is, known in closed form."""
 
-import common
 import ppo_lm
 import reinforce_lm
 import trpo_lm
-from common import policy_logprobs
-from reinforce_lm import Args
+from reinforce_lm import Args, policy_logprobs
 
 import pytest
 import torch
-from helpers import load_policy, run_main, tiny_model
+from helpers import character_tokenizer, load_policy, reward_file, run_main, tiny_model
 from test_reinforce import MASK, RESPONSES, SCORES
 
 
 @pytest.mark.parametrize(
     "script, flags",
     [
-        (reinforce_lm, ["--total-episodes", 64 * 300, "--learning-rate", 0.01]),
-        (ppo_lm, ["--total-episodes", 64 * 150, "--learning-rate", 0.005, "--num-minibatches", 1]),
-        (trpo_lm, ["--total-episodes", 64 * 60, "--max-kl", 0.05, "--cg-iters", 5, "--num-minibatches", 1]),
+        (reinforce_lm, ["--total-episodes", 64 * 120, "--learning-rate", 0.02]),
+        (ppo_lm, ["--total-episodes", 64 * 75, "--learning-rate", 0.01, "--num-minibatches", 1]),
+        (trpo_lm, ["--total-episodes", 64 * 35, "--max-kl", 0.1, "--cg-iters", 5, "--num-minibatches", 1]),
     ],
     ids=["reinforce_lm", "ppo_lm", "trpo_lm"],
 )
@@ -29,15 +27,13 @@ def test_training_reaches_the_closed_form_optimum(script, flags, tmp_path):
         parameter.data.mul_(0.5 if parameter.ndim > 1 else 1.0)
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
-    common.character_tokenizer("ab").save_pretrained(folder)
+    character_tokenizer("ab").save_pretrained(folder)
     (tmp_path / "data.jsonl").write_text('{"prompt": "ba"}\n{"prompt": "bb"}\n')
     table = dict(zip(["", "a", "aa", "ab", "b", "ba", "bb"], SCORES.tolist()))
-    (tmp_path / "mine.py").write_text(
-        f"T = {table}\ndef fn(prompts, responses):\n    return [T[r] for r in responses]\n"
-    )
+    reward = reward_file(tmp_path, f"T = {table}\ndef fn(prompts, responses):\n    return [T[r] for r in responses]\n")
     run = ["--model", folder, "--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "data.jsonl"]
-    run += ["--reward", f"{tmp_path}/mine.py:fn", "--eval-every", 0, "--output-dir", tmp_path / "runs"]
-    run += ["--kl-coef", 0.5, "--response-length", 2, "--batch-size", 64, "--save-every", 0, "--device", "cpu"]
+    run += ["--reward", reward, "--eval-every", 0, "--output-dir", tmp_path / "runs"]
+    run += ["--kl-ref-coef", 0.5, "--response-length", 2, "--batch-size", 64, "--save-every", 0, "--device", "cpu"]
     run_main(script, *run, *flags)
     (run_dir,) = (tmp_path / "runs").iterdir()
     trained = load_policy(str(run_dir / "model"), None, 4, seed=1)
@@ -46,7 +42,7 @@ def test_training_reaches_the_closed_form_optimum(script, flags, tmp_path):
         sequences = torch.cat([torch.tensor([prompt]).expand(7, 2), RESPONSES], 1)
         attention_mask = torch.cat([torch.ones(7, 2, dtype=torch.bool), MASK], 1)
         log_p, log_ref = [
-            policy_logprobs(m, sequences, attention_mask, args)[0].detach().where(MASK, 0.0).sum(1).double()
+            policy_logprobs(m, sequences, attention_mask, MASK, args)[0].detach().where(MASK, 0.0).sum(1).double()
             for m in (trained, model)
         ]
 

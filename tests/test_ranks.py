@@ -1,10 +1,10 @@
 """Two gloo processes on the CPU against one."""
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
-import time
 
 import common
 import reinforce_lm
@@ -12,61 +12,77 @@ import reinforce_lm
 import pytest
 import torch
 from helpers import ROOT, finish, fork, fork_ranks, run_main
-from rank_worker import KINDS, RUNS, work, work_on, work_without_runs
+from rank_worker import KINDS, PARTS, RUNS, work, work_on, work_without_runs
 from safetensors.torch import load_file
-from test_runs import assert_same, scalars, texts
+from test_runs import assert_same, samples, scalars
+
+
+def digits(folder):
+    """A data set of 80 prompts with one to nine digits."""
+    prompts = [str(10**8 * 7 // (i + 3))[: 1 + i % 9] for i in range(80)]
+    rows = [json.dumps(dict(prompt=prompt, reference="".join(sorted(prompt)))) for prompt in prompts]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    return folder / "data.jsonl"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """What one process saved, and what each of two did."""
     folder = tmp_path_factory.mktemp("ranks")
-    two = fork_ranks(2, work, folder / "two", folder / "two_runs", output=folder / "output")
+    data = digits(folder)
+    two = fork_ranks(2, work, folder / "two", folder / "two_runs", data, output=folder / "output")
     finish(two, [folder / "output.0", folder / "output.1"])
-    finish([fork(work, folder / "one", folder / "one_runs", output=folder / "output")], [folder / "output"])
+    finish([fork(work, folder / "one", folder / "one_runs", data, output=folder / "output")], [folder / "output"])
     return torch.load(folder / "one.0"), [torch.load(folder / f"two.{rank}") for rank in range(2)], folder
 
 
+def assert_close(found, expected, tolerance):
+    assert expected.norm() > 1e-3 and (found - expected).norm() < tolerance * expected.norm()
+
+
 @pytest.mark.parametrize("run", RUNS)
-def test_two_ranks_take_the_step_of_one(run, saved):
-    script, one, two = run.partition(" ")[0], saved[0][run], [rank[run] for rank in saved[1]]
+def test_two_ranks_take_the_steps_of_one(run, saved):
+    """In the second update, too, where the KL to the reference and the values are no longer 0."""
+    one, two = saved[0][run], [rank[run] for rank in saved[1]]
     for name, weight in two[0]["weights"].items():
         assert torch.equal(weight, two[1]["weights"][name]), f"ranks differ in {name}"
-    first_update = 2 if script == "ppo_lm" else 1  # the critic's step and the policy's
+    assert one["ratios"] == two[0]["ratios"] == [1.0, 1.0] * ("ppo" in run)
+    is_half = run == "trpo_lm half"  # other rows are in the products, but each rank has the same step
+    assert not is_half or torch.equal(two[0]["natural_steps"][0], two[1]["natural_steps"][0])
     for rank in two:
-        assert len(rank["gradients"]) == len(one["gradients"]) >= first_update
-        for step, expected in zip(rank["gradients"][:first_update], one["gradients"]):
-            assert (step - expected).norm() < (0.02 if "bfloat16" in run else 1e-5) * expected.norm()
-    for rank in two:  # what beta is adapted to, before the first step and after it
-        for found, expected in zip(rank["divergences"], one["divergences"], strict=True):
-            assert found == pytest.approx(expected, rel=0.02, abs=1e-5)
-    assert len(one["searches"]) == len(one["natural steps"]) == (script == "trpo_lm") + (run == "trpo_lm")
-    if run == "trpo_lm half":  # other rows are in the products; but each rank has the same step
-        assert torch.equal(two[0]["natural steps"][0], two[1]["natural steps"][0])
-        return
-    for step, expected in zip(two[0]["natural steps"][:1], one["natural steps"]):
-        assert (step - expected).norm() < 1e-5 * expected.norm()
-    for search, expected in zip(two[0]["searches"], one["searches"], strict=True):
-        assert search == pytest.approx(expected, rel=1e-3)
+        assert len(rank["gradients"]) == len(one["gradients"]) >= (4 if "ppo" in run else 2)
+        assert len(rank["natural_steps"]) == len(one["natural_steps"]) == 2 * ("trpo" in run)
+        for found, expected in list(zip(rank["gradients"], one["gradients"]))[: 3 if is_half else None]:
+            assert_close(found, expected, 0.02 if "bfloat16" in run else 2e-5)
+        if not is_half:
+            for found, expected in zip(rank["natural_steps"], one["natural_steps"]):
+                assert_close(found, expected, 2e-5)
+            for found, expected in zip(rank["searches"], one["searches"], strict=True):
+                assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_ranks_log_what_one_logs(run, saved):
-    """Of the first update all metrics, and every evaluation, of seven rows; and samples that one rank has, too."""
-    dirs = [next((saved[2] / runs / run).iterdir()) for runs in ("one_runs", "two_runs")]
-    one, two = map(scalars, dirs)
-    assert one.keys() == two.keys() and len(one["eval/score"]) == 2  # before and after
+    """Metrics of both updates and evaluations, of seven rows; and the samples that rank 0 has, too."""
+    one_dir, two_dir = [next((saved[2] / runs / run).iterdir()) for runs in ("one_runs", "two_runs")]
+    one, two = scalars(one_dir), scalars(two_dir)
+    assert one.keys() == two.keys() and ({"eval/prompt_length", "reward/prompt_length"} <= one.keys()) == (
+        PARTS[1] in RUNS[run]
+    )
+    is_half = run == "trpo_lm half"
     for tag in one:
-        found, expected = two[tag][0][1], one[tag][0][1]
-        if not tag.startswith("time/") and not (run == "trpo_lm half" and tag.startswith("trpo/")):
-            bound = dict(rel=0.05, abs=0.01) if "bfloat16" in run else dict(rel=1e-3, abs=2e-5)
-            assert found == pytest.approx(expected, **bound), tag
-    assert two.get("policy/ratio_first_minibatch", [(32, 1.0)])[0][1] == 1.0
-    for logged in (one, two):  # tokens of all ranks
-        tokens = logged["time/tokens_per_second"][0][1] * logged["time/iteration_seconds"][0][1]
+        for i in range(1 if is_half else 2):
+            if not tag.startswith("time/") and not (is_half and tag.startswith("trpo/")):
+                bound = dict(rel=0.05, abs=0.01) if "bfloat16" in run else dict(rel=1e-3, abs=2e-6)
+                assert two[tag][i][1] == pytest.approx(one[tag][i][1], **bound), tag
+    assert abs(one["objective/kl_ref"][1][1]) > 1e-4 and len(one["eval/score"]) == 2
+    for logged in (one, two):
+        tokens = logged["time/tokens_per_second"][0][1] * logged["time/iteration_seconds"][0][1]  # of all ranks
         assert tokens == pytest.approx(32 * logged["objective/response_length"][0][1], rel=1e-3)
-    one, two = [texts(run_dir)[0] for run_dir in dirs]
-    assert len(one) == 7 and two == one[::2], "rank 0 shows the rows that it has"
+    for episode in (0,) if is_half else (0, 32, 64):
+        one, two = [[line for line in samples(run) if line["episode"] == episode] for run in (one_dir, two_dir)]
+        train, evaluated = [[line for line in one if line["split"] == split] for split in ("train", "eval")]
+        assert two == train + evaluated[::2] and len(train) + len(evaluated) in (4, 7, 11)
 
 
 def test_statistics_over_ranks_one_of_which_has_no_token(saved):
@@ -98,8 +114,14 @@ def test_gradients_products_and_copies_of_ranks_are_those_of_one(kind, world_siz
             assert (found - expected).norm() < (1e-4 if name == "product" else 1e-5) * expected.norm(), name
 
 
-def test_an_expert_of_one_rank_gets_its_gradient_and_one_of_none_zeros(seen):
+def test_ranks_make_the_same_number_of_passes(seen):
+    """However their lengths differ: a rank that makes one more would wait for the others for ever."""
     for ranks in seen.values():
+        assert all(rank["passes"] == ranks[0]["passes"] for rank in ranks)
+
+
+def test_an_expert_of_one_rank_gets_its_gradient_and_one_of_none_zeros(seen):
+    for ranks in (seen[2], seen[3]):
         for rank in ranks:
             *used, weight, bias = rank["experts"]
             assert not weight.any() and not bias.any()
@@ -107,11 +129,10 @@ def test_an_expert_of_one_rank_gets_its_gradient_and_one_of_none_zeros(seen):
                 assert torch.equal(weight, torch.full((2, 3), expert + 1.0)) and torch.equal(bias, torch.ones(2))
 
 
-def test_the_memory_of_a_rank_falls_with_their_number(seen):
+def test_two_ranks_halve_the_memory(seen):
     """Weights, gradients and two moments, 16 bytes for each parameter on one rank."""
-    of = {world_size: max(rank["memory"]["bytes"] for rank in ranks) for world_size, ranks in seen.items()}
-    parameters = seen[1][0]["memory"]["parameters"]
-    assert of[1] > 15 * parameters and of[2] < 0.6 * of[1] and of[3] < 0.45 * of[1], of
+    of = {world_size: max(rank["memory"]["bytes"] for rank in seen[world_size]) for world_size in (1, 2)}
+    assert of[1] > 15 * seen[1][0]["memory"]["parameters"] and of[2] < 0.56 * of[1], of
 
 
 def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, monkeypatch):
@@ -125,10 +146,11 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
         return rollout(model, ids, *rest, generator=generator, **settings)
 
     monkeypatch.setattr(common, "rollout", recording_rollout)
+    monkeypatch.setattr(common, "try_model", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     flags = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--eval-every", 0]
     for seed, rank in ((1, 0), (1, 1), (2, 0)):
-        monkeypatch.setattr(common, "start_ranks", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
+        monkeypatch.setattr(common, "start_ranks", lambda args, rank=rank: (rank, 2, torch.device("cpu"), args))
         run_main(reinforce_lm, *flags, "--seed", seed, "--output-dir", tmp_path)
     assert len(noise) == 9 and len(set(noise)) == 9
     of_one_seed = [tuple(row) for rows in prompts[:6] for row in rows]
@@ -137,61 +159,75 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
 
 @pytest.mark.parametrize(
     "script, flags",
-    [("ppo_lm", ["--update-epochs", 2]), ("trpo_lm", ["--lora-rank", 2, "--fvp-fraction", 1, "--cg-iters", 3])],
+    [
+        ("ppo_lm", ["--update-epochs", 2]),
+        ("trpo_lm", ["--lora-rank", 2, "--fvp-fraction", 1, "--cg-iters", 3, "--no-anneal-max-kl"]),
+    ],
 )
-def test_a_checkpoint_is_that_of_any_number_of_ranks(script, flags, tmp_path):
-    """A run of two ranks goes on bit for bit with two; with one it takes the same step, and the reverse."""
+def test_a_checkpoint_is_that_of_any_number_of_ranks(script, flags, tmp_path, monkeypatch):
+    """Two ranks go on bit for bit with two; one takes the same step as two, and two go on from there."""
+    monkeypatch.setattr(common, "save_checkpoint", functools.partial(common.save_checkpoint, keep=9))
 
     def run(world_size, *flags):
         outputs = [tmp_path / f"output.{rank}" for rank in range(world_size)]
         finish(fork_ranks(world_size, work_on, script, *flags, output=tmp_path / "output"), outputs)
-        return [output.read_text() for output in outputs]
+
+    def resume(world_size, stopped, iteration):
+        """Do one more iteration than the checkpoint `iteration` of a run; returns the new run and its checkpoint."""
+        run_dir = tmp_path / f"{stopped.name}_{world_size}"
+        run_dir.mkdir()
+        shutil.copy(stopped / f"checkpoint_{iteration:08d}.pt", run_dir)
+        run(world_size, "--resume", run_dir, "--total-episodes", 32 * (iteration + 1))
+        return run_dir, common.load_checkpoint(run_dir)
 
     flags = [*flags, *"--num-minibatches 1 --batch-size 32 --eval-size 4 --save-every 1 --device cpu".split()]
-    flags += ["--total-episodes", 64]
-    last = {}
-    for before in (2, 1):
-        run(before, *flags, "--output-dir", tmp_path / str(before))
-        (whole,) = (tmp_path / str(before)).iterdir()
-        last[before] = common.load_checkpoint(whole)
-        for after in (2, 1) if before == 2 else (2,):
-            stopped = shutil.copytree(whole, tmp_path / f"{before}_{after}")
-            (stopped / "checkpoint_00000002.pt").unlink()
-            output = run(after, "--resume", stopped)
-            noted = [f"{before} ranks before, {after} now" in text for text in output]
-            assert noted == [before != after, False][:after]
-            found = common.load_checkpoint(stopped)
-            for name, expected in last[before].items():
-                if before == after and name not in ("args", "carried"):
-                    assert_same(expected, found[name])
-                elif isinstance(expected, dict) and "weights" in expected:
-                    for key, weight in expected["weights"].items():
-                        torch.testing.assert_close(found[name]["weights"][key], weight, rtol=1e-3, atol=1e-4)
-        saved = load_file(whole / "model" / "model.safetensors")
-        weights = last[before]["policy"]["weights"]
-        assert all(torch.equal(weights[name], weight) for name, weight in saved.items() if name in weights)
-        assert script == "trpo_lm" or saved.keys() <= weights.keys()
-
-
-def reward_file(tmp_path, death):
-    """A reward that runs the statement `death` on rank 1, at its fifth call."""
-    code = "import os\ncalls = []\ndef score(prompts, responses, **columns):\n    calls.append(1)\n"
-    code += (
-        f"    if os.environ['RANK'] == '1' and len(calls) == 5:\n        {death}\n    return [0.0] * len(responses)\n"
+    run(
+        2,
+        *flags,
+        "--no-anneal-lr",
+        "--dataset",
+        digits(tmp_path),
+        "--total-episodes",
+        96,
+        "--output-dir",
+        tmp_path / "runs",
     )
-    (tmp_path / "mine.py").write_text(code)
-    return f"{tmp_path}/mine.py:score"
+    (whole,) = (tmp_path / "runs").iterdir()
+    second, third = [torch.load(whole / f"checkpoint_0000000{i}.pt") for i in (2, 3)]
+    _, on_two = resume(2, whole, 1)
+    run_dir, on_one = resume(1, whole, 1)
+    _, on_two_again = resume(2, run_dir, 2)
+    for name in second.keys() - {"args", "state"}:
+        assert_same(second[name], on_two[name])
+    for found, expected in ((on_one, second), (on_two_again, third)):
+        assert found.keys() == expected.keys() and found["iteration"] == expected["iteration"]
+        for network in found.keys() & {"policy", "critic"}:
+            found_weights, weights = [checkpoint[network]["model_state_dict"] for checkpoint in (found, expected)]
+            assert found_weights.keys() == weights.keys()
+            for key, weight in weights.items():
+                torch.testing.assert_close(found_weights[key], weight, rtol=1e-3, atol=1e-4)
+    saved, weights = load_file(whole / "model" / "model.safetensors"), third["policy"]["model_state_dict"]
+    assert all(torch.equal(weights[name], weight) for name, weight in saved.items() if name in weights)
+    assert script == "trpo_lm" or saved.keys() <= weights.keys()
 
 
-def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path, monkeypatch):
-    """As the README says, on two ranks of which rank 0 alone writes. The others end within a minute."""
+def reward_file(folder, on_rank_1, first=5):
+    """A reward that runs the statement `on_rank_1` there, from its call number `first` on."""
+    code = "import os\ncalls = []\ndef score(prompts, responses, **columns):\n    calls.append(1)\n"
+    code += f"    if os.environ['RANK'] == '1' and len(calls) >= {first}:\n        {on_rank_1}\n"
+    (folder / "mine.py").write_text(code + "    return [0.0] * len(responses)\n")
+    return f"{folder}/mine.py:score"
+
+
+def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path):
+    """As the README says, on two ranks of which rank 0 alone writes."""
     flags = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--save-every", 1, "--total-episodes", 128]
-    flags += ["--reward", reward_file(tmp_path, "os._exit(7)"), "--device", "cpu", "--output-dir", tmp_path / "runs"]
+    flags += ["--reward", reward_file(tmp_path, "os._exit(7)"), "--dataset", digits(tmp_path), "--device", "cpu"]
+    flags += ["--output-dir", tmp_path / "runs"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "reinforce_lm.py"]
     for _ in range(3):  # torchrun may stop rank 0, rarely, before that has noticed anything
-        start = time.time()
-        result = subprocess.run([*map(str, command + flags)], cwd=ROOT, capture_output=True, text=True, timeout=150)
-        assert result.returncode != 0 and time.time() - start < 60
+        result = subprocess.run([*map(str, command + flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode != 0
         assert "exitcode  : 7" in result.stderr, result.stderr
         if "rank      : 1" in result.stderr:
             break
@@ -201,7 +237,6 @@ def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path, mon
     *stopped, run_dir = sorted((tmp_path / "runs").iterdir())
     assert (run_dir / "checkpoint_00000001.pt").exists()
     reward_file(tmp_path, "pass")
-    monkeypatch.setattr(common, "NUM_SORT_PROMPTS", 2**15)  # as in torchrun's processes
     ranks = fork_ranks(2, run_main, reinforce_lm, "--resume", run_dir, output=tmp_path / "resumed")
     finish(ranks, [tmp_path / "resumed.0", tmp_path / "resumed.1"])
     assert (tmp_path / "resumed.0").read_text().count("final eval_score") == 1
@@ -213,11 +248,22 @@ def test_torchrun_ends_when_a_rank_dies_and_its_run_can_be_resumed(tmp_path, mon
     assert_same(common.load_checkpoint(whole)["policy"], common.load_checkpoint(run_dir)["policy"])
 
 
-def test_a_reward_that_fails_on_one_rank_is_one_line_there(tmp_path):
+PARTS_THERE = "return [0.0] * len(responses), {'part': [0.0] * len(responses)}"
+WRONG = [
+    ("return [0.0]", 3, "expected a list of 16 finite scores, found [0.0]"),
+    (PARTS_THERE, 3, "expected the parts of its first call, set(), found {'part'}"),
+    (PARTS_THERE, 1, "parts"),
+]
+
+
+@pytest.mark.parametrize("on_rank_1, first, expected", WRONG, ids=["scores", "parts", "parts from the start"])
+def test_a_reward_that_fails_on_one_rank_is_one_line_there(on_rank_1, first, expected, tmp_path):
     flags = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--output-dir", tmp_path / "runs"]
-    flags += ["--reward", reward_file(tmp_path, "return [None]"), "--device", "cpu"]
+    flags += ["--reward", reward_file(tmp_path, on_rank_1, first), "--device", "cpu"]
     waiting, failing = fork_ranks(2, run_main, reinforce_lm, *flags, output=tmp_path / "output")
-    failing.join(60)
-    waiting.kill()  # torchrun does that
+    failing.join(120)
+    for process in (waiting, failing):  # torchrun does that
+        process.kill()
+    assert failing.exitcode == 1, "it waits for ever"
     (line,) = [line for line in (tmp_path / "output.1").read_text().splitlines() if line.startswith("error")]
-    assert failing.exitcode == 2 and "--reward" in line and "expected a list of 16 scores" in line
+    assert "--reward" in line and expected in line

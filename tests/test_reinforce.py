@@ -1,22 +1,24 @@
 """reinforce_lm.py against enumerated gradients, written-out loops, and itself under other settings."""
 
 import itertools
+import types
 
 import common
 import reinforce_lm
-from common import mean, policy_logprobs, response_logits, whiten
+from common import mean, whiten
 from reinforce_lm import (
     Args,
-    adapt_kl_coef,
+    adapt_kl_ref_coef,
     compute_baseline,
     discounted_returns,
     policy_gradient_loss,
+    policy_logprobs,
     shaped_rewards,
 )
 
 import pytest
 import torch
-from helpers import load_policy, recorded_gradients, run_main, tiny_model
+from helpers import character_tokenizer, load_policy, recorded_gradients, reward_file, run_main, tiny_model
 from test_runs import scalars
 
 # Every response of a vocabulary of 3 with at most 2 tokens, where 0 is the end token: [0] is one, [1, 1] is another.
@@ -37,13 +39,13 @@ class Enumerated:
         self.attention_mask = torch.cat([torch.ones(7, 2, dtype=torch.bool), MASK], 1)
 
     def logprobs(self, model):
-        return policy_logprobs(model, self.sequences, self.attention_mask, self.args)[0]
+        return policy_logprobs(model, self.sequences, self.attention_mask, MASK, self.args)[0]
 
     def gradient(self, value):
         gradients = torch.autograd.grad(value, list(self.policy.parameters()), retain_graph=True)
         return torch.cat([g.flatten() for g in gradients])
 
-    def exact_gradient(self, kl_coef, gamma):
+    def exact_gradient(self, kl_ref_coef, gamma):
         """Gradient of J written as a sum over all responses, by automatic differentiation of the sum itself."""
         logprobs = self.logprobs(self.policy).where(MASK, 0.0)
         ref_logprobs = self.logprobs(self.reference).where(MASK, 0.0)
@@ -52,20 +54,20 @@ class Enumerated:
             probability = logprobs[i].sum().exp()
             value = gamma ** (length - 1) * SCORES[i]
             for t in range(length):
-                value = value - gamma**t * kl_coef * (logprobs[i, t] - ref_logprobs[i, t])
+                value = value - gamma**t * kl_ref_coef * (logprobs[i, t] - ref_logprobs[i, t])
             objective = objective + probability * value
         return self.gradient(objective)
 
 
-@pytest.mark.parametrize("kl_coef, gamma", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.9)])
+@pytest.mark.parametrize("kl_ref_coef, gamma", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.9)])
 @pytest.mark.parametrize("kind", ["none", "mean", "ema", "leave_one_out", "greedy"])
-def test_expected_gradient_is_the_enumerated_one(kind, kl_coef, gamma):
+def test_expected_gradient_is_the_enumerated_one(kind, kl_ref_coef, gamma):
     case = Enumerated()
     logprobs = case.logprobs(case.policy)
     assert logprobs.where(MASK, 0.0).sum(1).exp().sum().item() == pytest.approx(1.0)
     with torch.no_grad():
-        rewards = shaped_rewards(SCORES, logprobs, case.logprobs(case.reference), MASK, kl_coef)
-        returns = discounted_returns(rewards, gamma)
+        rewards = shaped_rewards(SCORES, logprobs, case.logprobs(case.reference), MASK, kl_ref_coef)
+        returns = discounted_returns(rewards, torch.ones_like(rewards, dtype=torch.bool), gamma)
         probabilities = logprobs.where(MASK, 0.0).sum(1).exp()
     greedy_scores = SCORES[probabilities.argmax()].expand(2)
     expected_loss = 0.0
@@ -75,7 +77,7 @@ def test_expected_gradient_is_the_enumerated_one(kind, kl_coef, gamma):
         advantages = returns[pair] - baseline[:, None]
         loss = policy_gradient_loss(logprobs[pair], advantages, MASK[pair], num_responses=2)
         expected_loss = expected_loss + probabilities[pair].prod() * loss
-    expected = case.exact_gradient(kl_coef, gamma)
+    expected = case.exact_gradient(kl_ref_coef, gamma)
     scale = 1 - 1 / 2 if kind == "mean" else 1.0  # the batch mean holds the response itself, see (9)
     assert expected.norm() > 0.1
     torch.testing.assert_close(-case.gradient(expected_loss), scale * expected, rtol=1e-9, atol=1e-9)
@@ -117,28 +119,32 @@ def test_the_moving_average_is_that_of_all_ranks(tmp_path, monkeypatch):
 
 
 def test_the_end_token_gets_gradient_and_what_follows_gets_none():
-    case = Enumerated()
-    logits = response_logits(case.policy, case.sequences, case.attention_mask, case.args)
-    logits = logits.detach().requires_grad_()
-    logprobs, _ = common.token_statistics(logits, RESPONSES, case.args.temperature)
-    policy_gradient_loss(logprobs, torch.ones(7, 2), MASK, 7).backward()
-    assert (logits.grad[1, 1, 0] < 0) and (logits.grad[0, 0, 0] < 0)  # [1, end] and [end]: the end becomes more likely
-    assert (logits.grad[0, 1] == 0).all()  # after [end]
+    case, logits = Enumerated(), []
+    case.policy.get_output_embeddings().register_forward_hook(lambda *call: logits.append(call[2]))
+    loss = policy_gradient_loss(case.logprobs(case.policy), torch.ones(7, 2), MASK, 7)
+    logits[-1].retain_grad()  # the pass over the prompts came first
+    loss.backward()
+    gradient = logits[-1].grad[0]
+    assert len(gradient) == MASK.sum(), "what follows [end] has no logits"
+    assert gradient[0, 0] < 0 and gradient[2, 0] < 0, "[end] and [1, end]: the end becomes more likely"
 
 
 def test_rewards_and_returns_by_hand():
-    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
-    logprobs = torch.tensor([[-1.0, -2.0, 9.0], [-0.5, -0.25, -1.0], [-3.0, 9.0, 9.0]])
-    ref_logprobs = torch.tensor([[-1.5, -1.0, -7.0], [-0.5, -1.25, -3.0], [-2.0, -7.0, -7.0]])
-    rewards = shaped_rewards(torch.tensor([1.0, 2.0, 3.0]), logprobs, ref_logprobs, mask, kl_coef=0.1)
-    expected = torch.tensor([[-0.05, 1.1, 0.0], [0.0, -0.1, 1.8], [3.1, 0.0, 0.0]])
+    """A response that ended, one that was cut, one of an end token alone, and one with tokens that were not sampled."""
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False], [True, False, True]])
+    logprobs = torch.tensor([[-1.0, -2.0, 9.0], [-0.5, -0.25, -1.0], [-3.0, 9.0, 9.0], [-1.0, 9.0, -2.0]])
+    ref_logprobs = torch.tensor([[-1.5, -1.0, -7.0], [-0.5, -1.25, -3.0], [-2.0, -7.0, -7.0], [-2.0, -7.0, -1.5]])
+    rewards = shaped_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), logprobs, ref_logprobs, mask, kl_ref_coef=0.1)
+    expected = torch.tensor([[-0.05, 1.1, 0.0], [0.0, -0.1, 1.8], [3.1, 0.0, 0.0], [-0.1, 0.0, 4.05]])
     torch.testing.assert_close(rewards, expected)
     for gamma in (1.0, 0.9):
-        by_loop = torch.zeros(3, 3)
-        for i, t in itertools.product(range(3), range(3)):
+        by_loop = torch.zeros(4, 3)
+        for i, t in itertools.product(range(4), range(3)):
             reward_to_go = sum(gamma ** (later - t) * expected[i, later] for later in range(t, 3))
             by_loop[i, t] = gamma**t * reward_to_go
-        torch.testing.assert_close(discounted_returns(rewards, gamma), by_loop)
+        torch.testing.assert_close(
+            discounted_returns(rewards, torch.ones_like(rewards, dtype=torch.bool), gamma), by_loop
+        )
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, -3.3])
@@ -169,61 +175,60 @@ def test_whitening():
     assert (whiten(values, mask)[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("vocab_size, temperature", [(7, 1.0), (7, 0.7), (2**20, 0.7)])  # the last in two pieces
-def test_token_statistics_and_their_gradient_are_those_of_autograd(vocab_size, temperature):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_statistics_and_their_gradient_are_those_of_autograd(temperature):
     generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(2, 3, vocab_size, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(6, 7, generator=generator, dtype=torch.float64)
     logits.requires_grad_()
-    tokens = torch.randint(vocab_size, (2, 3), generator=generator)
-    weights = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(7, (6,), generator=generator)
+    weights = torch.randn(2, 6, generator=generator, dtype=torch.float64)
     categorical = torch.distributions.Categorical(logits=logits / temperature)
     expected = torch.stack([categorical.log_prob(tokens), categorical.entropy()])
-    found = torch.stack(common.token_statistics(logits, tokens, temperature))
+    found = torch.stack(reinforce_lm.token_statistics(logits, tokens, temperature, entropy_gradient=True))
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
     torch.testing.assert_close(gradient, torch.autograd.grad((weights * expected).sum(), logits)[0])
 
 
-@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_no_second_tensor_of_logits_is_kept_for_the_backward_pass(temperature, dtype, size):
-    model, kept = tiny_model("llama", vocab_size=2**20), []  # four rows to a piece
-    sequences = torch.ones(4, 8, dtype=torch.long)
+@pytest.mark.parametrize("dtype, temperature", [("float32", 1.0), ("float32", 0.7), ("bfloat16", 0.7)])
+def test_of_all_logits_one_tensor_is_kept_for_the_backward_pass(temperature, dtype):
+    """A vocabulary so large that the statistics come in two pieces, which are those of the whole."""
+    model, kept = tiny_model("llama", vocab_size=2**18), []
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    mask[:2, -1] = False  # 10 real response tokens
+    batch = torch.arange(32).view(4, 8), mask, mask[:, -3:]
+    head = model.get_output_embeddings()
+    head.forward = types.MethodType(common.full_precision_product, head)  # as in load_policy
+    args = Args(dtype=dtype, response_length=3, temperature=temperature)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        logprobs, entropy = policy_logprobs(
-            model, sequences, sequences.bool(), Args(dtype=dtype, response_length=3, temperature=temperature)
-        )
-    assert logprobs.requires_grad and entropy.requires_grad
-    of_head = model.config.hidden_size, 2**20  # the shape of its weights, transposed
-    logits = [t.untyped_storage() for t in kept if t.shape[-1] == 2**20 and t.shape != of_head]
+        logprobs, entropy = policy_logprobs(model, *batch, args)
+    assert logprobs.requires_grad and not entropy.requires_grad
+    of_head = model.config.hidden_size, 2**18  # the shape of its weights, transposed
+    logits = [t.untyped_storage() for t in kept if t.shape[-1] == 2**18 and t.shape != of_head]
     storages = {storage.data_ptr(): storage.nbytes() for storage in logits}
-    assert list(storages.values()) == [4 * 3 * 2**20 * size], "one tensor, and of no other position"
-
-
-def test_bfloat16_logits_are_scored_in_float32():
-    logits = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    tokens = torch.arange(6).view(2, 3)
-    logprobs, entropy = common.token_statistics(logits, tokens, 1.0)
-    categorical = torch.distributions.Categorical(logits=logits.float())
-    torch.testing.assert_close(logprobs, categorical.log_prob(tokens))
-    torch.testing.assert_close(entropy, categorical.entropy())
-    (logprobs + entropy).sum().backward()
-    assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
+    assert sum(storages.values()) == 10 * 2**18 * 4, "one float32 number for each, and of no other position"
+    with torch.no_grad():
+        logits = common.response_logits(model, *batch, args) / temperature
+    categorical = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(logprobs[batch[2]].detach(), categorical.log_prob(batch[0][:, -3:][batch[2]]))
+    torch.testing.assert_close(entropy[batch[2]], categorical.entropy())
 
 
 def test_kl_coefficient_follows_its_target():
-    args = Args(dtype="float32", kl_target=6.0, kl_horizon=10_000)
-    assert adapt_kl_coef(0.1, 60.0, 512, args) == pytest.approx(0.1 * (1 + 0.2 * 512 / 10_000))  # clipped above
-    assert adapt_kl_coef(0.1, 0.0, 512, args) == pytest.approx(0.1 * (1 - 0.2 * 512 / 10_000))  # and below
-    assert adapt_kl_coef(0.1, 6.3, 512, args) == pytest.approx(0.1 * (1 + 0.05 * 512 / 10_000))
-    assert adapt_kl_coef(0.1, 60.0, 512, Args(dtype="float32", kl_target=0.0)) == 0.1
+    args = Args(kl_ref_target=6.0, kl_ref_horizon=10_000)
+    assert adapt_kl_ref_coef(0.1, 60.0, 512, args) == pytest.approx(0.1 * (1 + 0.2 * 512 / 10_000))  # clipped above
+    assert adapt_kl_ref_coef(0.1, 0.0, 512, args) == pytest.approx(0.1 * (1 - 0.2 * 512 / 10_000))  # and below
+    assert adapt_kl_ref_coef(0.1, 6.3, 512, args) == pytest.approx(0.1 * (1 + 0.05 * 512 / 10_000))
+    assert adapt_kl_ref_coef(0.1, -60.0, 10**6, args) == pytest.approx(0.08)  # a batch that is longer than the horizon
+    assert adapt_kl_ref_coef(0.1, 60.0, 10**6, args) == pytest.approx(0.12)
+    assert adapt_kl_ref_coef(0.1, 60.0, 512, Args(kl_ref_target=0.0)) == 0.1
 
 
 SHORT = ["--total-episodes", 32, "--batch-size", 32, "--eval-size", 4, "--save-every", 0, "--device", "cpu"]
 
 
 def one_step_gradient(tmp_path, *flags):
-    with recorded_gradients(torch.optim.AdamW) as steps:
+    with recorded_gradients(torch.optim.Adam) as steps:
         run_main(reinforce_lm, *SHORT, "--max-grad-norm", 1e9, "--output-dir", tmp_path, *flags)
     assert len(steps) == 1
     return steps[0]
@@ -231,8 +236,8 @@ def one_step_gradient(tmp_path, *flags):
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path):
     whole = one_step_gradient(tmp_path, "--response-length", 12)  # long enough for responses to end at different places
-    for size in (1, 4, 16):
-        gradient = one_step_gradient(tmp_path, "--response-length", 12, "--micro-batch-size", size)
+    for size in (1, 60, 250):  # one row, some rows, some prompts with their responses
+        gradient = one_step_gradient(tmp_path, "--response-length", 12, "--micro-batch-tokens", size)
         assert (gradient - whole).norm() < 1e-5 * whole.norm()
 
 
@@ -240,10 +245,9 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--normalize-advantages"], ["--baseline", "mean"]], ids=str)
 def test_equal_scores_and_no_kl_leave_the_weights_alone(score, flags, tmp_path):
     """No remainder of rounding either: Adam's steps do not depend on the size of a gradient."""
-    reward = tmp_path / "constant.py"
-    reward.write_text(f"def one(prompts, responses, **columns):\n    return [{score}] * len(responses)\n")
-    flags = [*flags, "--batch-size", 48, "--total-episodes", 48, "--samples-per-prompt", 6, "--kl-coef", 0]
-    assert one_step_gradient(tmp_path, *flags, "--reward", f"{reward}:one").abs().max() == 0
+    reward = reward_file(tmp_path, f"def fn(prompts, responses, **columns):\n    return [{score}] * len(responses)\n")
+    flags = [*flags, "--batch-size", 48, "--total-episodes", 48, "--samples-per-prompt", 6, "--kl-ref-coef", 0]
+    assert one_step_gradient(tmp_path, *flags, "--reward", reward).abs().max() == 0
 
 
 def test_reference_is_only_kept_when_it_is_paid_for(tmp_path, monkeypatch):
@@ -252,15 +256,15 @@ def test_reference_is_only_kept_when_it_is_paid_for(tmp_path, monkeypatch):
 
     def recording_deepcopy(thing, *memo):
         copied = deepcopy(thing, *memo)
-        if isinstance(thing, torch.nn.Module):
+        if hasattr(thing, "config"):
             copies.append(copied)
         return copied
 
     monkeypatch.setattr(common.copy, "deepcopy", recording_deepcopy)
-    one_step_gradient(tmp_path, "--kl-coef", 0)
+    one_step_gradient(tmp_path, "--kl-ref-coef", 0)
     assert not copies
-    one_step_gradient(tmp_path, "--kl-coef", 0.1)
+    one_step_gradient(tmp_path, "--kl-ref-coef", 0.1)
     assert len(copies) == 1
-    fresh = load_policy("tiny", common.character_tokenizer("0123456789"), 11, seed=1)
+    fresh = load_policy("tiny", character_tokenizer("0123456789"), 11, seed=1)
     for reference_weight, weight in zip(copies[0].parameters(), fresh.parameters()):
         assert torch.equal(reference_weight, weight) and not reference_weight.requires_grad

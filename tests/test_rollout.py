@@ -1,16 +1,14 @@
 """Rollout, masks, padding and scored log-probabilities: against plain forward passes of single prompts."""
 
 import json
-import weakref
 
 import common
 import reinforce_lm
-from common import batched_logprobs, policy_logprobs
-from reinforce_lm import Args
+from reinforce_lm import Args, batched_logprobs, policy_logprobs
 
 import pytest
 import torch
-from helpers import load_policy, rollout, tiny_model
+from helpers import character_tokenizer, load_policy, rollout, tiny_model
 from transformers import AutoModelForCausalLM
 
 KINDS = ["gpt2", "llama"]
@@ -25,30 +23,36 @@ def ragged_prompts(pad_id, seed=1):
     return prompts, ids, mask
 
 
+def join(ids, mask, responses, response_mask):
+    """The batch of prompts and responses, as `common.sample` returns it."""
+    return torch.cat([ids, responses], 1), torch.cat([mask, response_mask], 1), response_mask
+
+
 @pytest.mark.parametrize("pad_id", [0, 7], ids=["pad is the end token", "pad is another token"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_padded_batch_scores_like_single_prompts(kind, pad_id, monkeypatch):
+def test_a_padded_batch_is_scored_like_single_prompts(kind, pad_id, monkeypatch):
     monkeypatch.setattr(common, "PAD_ID", pad_id)
     model, args = tiny_model(kind), Args(dtype="float32", response_length=4, temperature=0.7)
     prompts, ids, mask = ragged_prompts(pad_id)
-    generator = torch.Generator().manual_seed(3)
-    responses, response_mask, _ = rollout(model, ids, mask, 4, end_ids=[0, 9], generator=generator)
-    sequences, attention_mask = torch.cat([ids, responses], 1), torch.cat([mask, response_mask], 1)
-    logprobs, entropy = policy_logprobs(model, sequences, attention_mask, args)
+    settings = dict(end_ids=[0, 9], temperature=0.7, generator=torch.Generator().manual_seed(3))
+    responses, response_mask, sampler_logprobs = rollout(model, ids, mask, 4, **settings)
+    batch = join(ids, mask, responses, response_mask)
+    logprobs, entropy = policy_logprobs(model, *batch, args)
     assert len(set(response_mask.sum(1).tolist())) > 1, "the test wants responses of different lengths"
+    close = dict(rtol=1e-5, atol=1e-5)
     for i, prompt in enumerate(prompts):
         length = int(response_mask[i].sum())
         text = torch.cat([prompt, responses[i, :length]])
         expected = (model(text[None]).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)  # no padding, no mask
-        torch.testing.assert_close(
-            logprobs[i, :length], expected.gather(1, responses[i, :length, None])[:, 0], rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(
-            entropy[i, :length], torch.distributions.Categorical(logits=expected).entropy(), rtol=1e-5, atol=1e-5
-        )
-    in_micro_batches = batched_logprobs(model, sequences, attention_mask, torch.tensor([2, 0, 3, 1]).split(3), args)
-    in_micro_batches, logprobs = [values.where(response_mask, 0.0) for values in (in_micro_batches, logprobs)]
-    torch.testing.assert_close(in_micro_batches, logprobs, rtol=1e-5, atol=1e-5)
+        chosen = expected.gather(1, responses[i, :length, None])[:, 0]
+        torch.testing.assert_close(logprobs[i, :length], chosen, **close)
+        torch.testing.assert_close(sampler_logprobs[i, :length], chosen, **close)
+        expected_entropy = torch.distributions.Categorical(logits=expected).entropy()
+        torch.testing.assert_close(entropy[i, :length], expected_entropy, **close)
+        for values in (logprobs, entropy, sampler_logprobs):
+            assert not values[i, length:].any()
+    micro_batches = torch.tensor([2, 0, 3, 1]).split(3)
+    torch.testing.assert_close(batched_logprobs(model, batch, micro_batches, args), logprobs, **close)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +65,7 @@ def test_gradient_does_not_see_the_padding(kind):
         mask = torch.cat([torch.zeros(4, width - 5, dtype=torch.bool), mask], 1)
         responses = torch.tensor([[1, 0, pad_id], [0, pad_id, pad_id], [4, 5, 6], [8, 9, 0]])
         response_mask = common.mask_through_first_end(torch.tensor([[1, 0, 0], [0, 0, 0], [4, 5, 6], [8, 9, 0]]), [0])
-        logprobs, _ = policy_logprobs(model, torch.cat([ids, responses], 1), torch.cat([mask, response_mask], 1), args)
+        logprobs, _ = policy_logprobs(model, *join(ids, mask, responses, response_mask), args)
         loss = reinforce_lm.policy_gradient_loss(logprobs, torch.ones(4, 3), response_mask, 4)
         model.zero_grad()
         loss.backward()
@@ -79,16 +83,8 @@ def test_samples_follow_softmax_whatever_the_generation_config_says(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert model.generation_config.repetition_penalty == 5.0
     prompt, count = torch.tensor([[1, 2, 1]]), 40_000
-    responses, response_mask, logprobs = rollout(
-        model,
-        prompt,
-        torch.ones_like(prompt, dtype=torch.bool),
-        2,
-        end_ids=[0],
-        samples_per_prompt=count,
-        temperature=0.7,
-        generator=torch.Generator().manual_seed(0),
-    )
+    settings = dict(samples_per_prompt=count, temperature=0.7, generator=torch.Generator().manual_seed(0))
+    responses, response_mask, logprobs = rollout(model, prompt, prompt > 0, 2, end_ids=[0], **settings)
     first = (model(prompt).logits[0, -1] / 0.7).softmax(-1)
     chi_square = ((torch.bincount(responses[:, 0], minlength=6) - count * first) ** 2 / (count * first)).sum()
     assert chi_square < 25.7  # 0.9999 quantile of chi-square with 5 degrees of freedom
@@ -101,39 +97,38 @@ def test_samples_follow_softmax_whatever_the_generation_config_says(tmp_path):
     assert not response_mask[responses[:, 0] == 0, 1].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sampler_and_loss_agree_at_another_temperature(kind):
-    model, args = tiny_model(kind), Args(dtype="float32", response_length=6, temperature=0.7)
+def test_noise_and_distribution_are_float32_where_passes_are_bfloat16(model_folder):
+    """Tokens and their log-probabilities are those of the same logits, noise and softmax in float32."""
+    policy, logits = load_policy(model_folder("llama"), None, 16), []
     _, ids, mask = ragged_prompts(0)
-    responses, response_mask, sampler_logprobs = rollout(
-        model,
-        ids,
-        mask,
-        6,
-        end_ids=[0],
-        samples_per_prompt=3,
-        temperature=0.7,
-        generator=torch.Generator().manual_seed(0),
-    )
-    sequences = torch.cat([ids.repeat_interleave(3, 0), responses], 1)
-    attention_mask = torch.cat([mask.repeat_interleave(3, 0), response_mask], 1)
-    logprobs, _ = policy_logprobs(model, sequences, attention_mask, args)
-    torch.testing.assert_close(logprobs.where(response_mask, 0.0), sampler_logprobs, rtol=1e-5, atol=1e-5)
+    ids = ids.clamp(max=10)
+    policy.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output[:, -1]))
+    settings = dict(end_ids=[], samples_per_prompt=64, temperature=0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _, logprobs = rollout(policy, ids, mask, 5, generator=common.make_generator("cpu", 1), **settings)
+    assert len(logits) == 5 and logits[0].dtype == torch.float32
+    positions = common.position_ids(mask)
+    exact = policy(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+    assert 1e-4 < (logits[0] - exact).abs().max() < 0.1, "the passes were in bfloat16"
+    generator = common.make_generator("cpu", 1)
+    for t, step in enumerate(logits[:5]):
+        log_pi = (step.double().repeat_interleave(256 // len(step), 0) / 0.7).log_softmax(-1)  # (256, V)
+        noise = torch.empty(256, 11, dtype=torch.float32).exponential_(generator=generator)
+        assert torch.equal(tokens[:, t], (log_pi.exp() / noise).argmax(-1))
+        expected = log_pi.gather(1, tokens[:, t, None])[:, 0]
+        torch.testing.assert_close(logprobs[:, t].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "kind, dropout",
     [("gpt2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)), ("llama", dict(attention_dropout=0.5))],
 )
-def test_dropout_is_off(settings, model_folder):
-    kind, dropout = settings
+def test_dropout_is_off(kind, dropout, model_folder):
     folder = model_folder(kind, **dropout)
-    tokenizer = common.load_tokenizer(folder, [])
     ids = torch.arange(1, 9)[None]
     noisy = AutoModelForCausalLM.from_pretrained(folder).train()
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits), "the checkpoint has dropout"
-    model = load_policy(folder, tokenizer, 16, seed=1).train()
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    model = load_policy(folder, None, 16)
     torch.testing.assert_close(model(ids).logits, noisy.eval()(ids).logits)
 
 
@@ -141,7 +136,7 @@ def test_dropout_is_off(settings, model_folder):
 def test_an_end_token_that_is_also_the_padding_is_trained_as_an_input(kind, model_folder):
     """Embedding layers stop the gradient of the configured padding id, unless they are told not to."""
     folder = model_folder(kind, pad_token_id=0, tie_word_embeddings=False)
-    model = load_policy(folder, None, 8, seed=1)
+    model = load_policy(folder, None, 8)
     model(torch.tensor([[1, 0, 2]])).logits[0, -1, 3].backward()
     assert (model.get_input_embeddings().weight.grad[:3].abs().sum(1) > 0).all()
 
@@ -154,29 +149,61 @@ def test_mask_ends_with_the_first_of_several_end_tokens():
         length = ends[0] + 1 if ends else len(row)
         expected.append([i < length for i in range(len(row))])
     assert common.mask_through_first_end(torch.tensor(rows), [0, 9]).tolist() == expected
-    assert common.has_ended(torch.tensor(rows), [0, 9]).tolist() == [True, True, False, True, True, True]
 
 
 def test_samples_of_a_prompt_differ_and_a_rerun_is_the_same():
     model = tiny_model()
     _, ids, mask = ragged_prompts(0)
 
-    def sample(*key, **settings):
+    def sample(*key):
         generator = common.make_generator("cpu", *key)
-        return rollout(model, ids, mask, 6, end_ids=[0], samples_per_prompt=8, generator=generator, **settings)[0]
+        return rollout(model, ids, mask, 6, end_ids=[0], samples_per_prompt=8, generator=generator)[0]
 
     responses = sample(1, 5, 0)
     assert torch.equal(responses, sample(1, 5, 0))
-    for other in ((2, 5, 0), (1, 6, 0), (1, 5, 1)):  # seed, iteration, rank
-        assert not torch.equal(responses, sample(*other))
-    shuffle = common.make_generator("cpu", 1, 5, 0, 0)  # seed, iteration, rank, epoch
-    assert not torch.equal(
-        torch.rand(9, generator=shuffle), torch.rand(9, generator=common.make_generator("cpu", 1, 5, 0))
-    )
+    keys = (1, 5, 0), (2, 5, 0), (1, 6, 0), (1, 5, 1), (1, 5, 0, 0)  # seed, iteration, rank, and epoch of a shuffle
+    assert len({tuple(sample(*key).flatten().tolist()) for key in keys}) == len(keys)
     for group in responses.view(4, 8, 6):
         assert len({tuple(row.tolist()) for row in group}) > 1
-    chunked = sample(1, 5, 0, rollout_batch_size=8)
-    assert chunked.shape == responses.shape and not torch.equal(chunked[:8], chunked[8:16])
+
+
+def sample(rows, samples_per_prompt=1, rollout_tokens=10**6, **settings):
+    """`common.sample` with a small model whose responses, of up to six tokens, end with 0 or 9."""
+    model, tokenizer = tiny_model("llama"), character_tokenizer("abcdefghijk")
+    args = Args(dtype="float32", response_length=6, rollout_tokens=rollout_tokens)
+    rows = [{"input_ids": ids} for ids in rows]
+    return common.sample(model, model, tokenizer, [0, 9], args, rows, samples_per_prompt, **settings)
+
+
+PROMPTS = [[5, 6, 7, 8, 1], [1, 2, 3], [4], [7, 7, 3, 2]]
+
+
+@pytest.mark.parametrize("rollout_tokens", [43, 44, 66])
+def test_how_many_rows_are_sampled_at_once_changes_no_greedy_response(rollout_tokens, monkeypatch):
+    sizes, rollout_of = [], common.rollout
+    monkeypatch.setattr(common, "rollout", lambda *args, **kw: sizes.append(len(args[1])) or rollout_of(*args, **kw))
+    *whole, logprobs, texts, facts = sample(PROMPTS, 2, greedy=True)
+    *parts, part_logprobs, part_texts, part_facts = sample(PROMPTS, 2, rollout_tokens, greedy=True)
+    # A response and its prompt take 5 + 6 tokens at most, and both responses to a prompt are sampled together.
+    assert sizes == [4] + {43: [1] * 4, 44: [2, 2], 66: [3, 1]}[rollout_tokens]
+    assert all(torch.equal(part, all) for part, all in zip(parts, whole)) and part_texts == texts
+    assert part_facts == facts
+    torch.testing.assert_close(part_logprobs, logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_sample_holds():
+    generator = common.make_generator("cpu", 3)
+    sequences, attention_mask, response_mask, logprobs, texts, facts = sample(PROMPTS, 3, generator=generator)
+    assert len(set(facts["num_tokens"])) > 2 and len(set(facts["ended"])) == 2
+    for i, (row, real) in enumerate(zip(sequences, attention_mask)):
+        prompt, length = PROMPTS[i // 3], facts["num_tokens"][i]
+        response = row[5 : 5 + length].tolist()
+        assert row[real].tolist() == prompt + response and real[5:].tolist() == response_mask[i].tolist()
+        assert not row[~real].any()
+        assert facts["ended"][i] == (response[-1] in (0, 9)) and (facts["ended"][i] or length == 6)
+        assert not {0, 9} & set(response[:-1])
+        assert texts[i] == "".join("abcdefghijk"[token - 1] for token in response if token)
+        assert (logprobs[i] < 0).tolist() == response_mask[i].tolist()
 
 
 def test_equal_prompts_are_sampled_apart():
@@ -186,31 +213,17 @@ def test_equal_prompts_are_sampled_apart():
     assert len({tuple(row) for row in responses.tolist()}) == 8
 
 
-def test_one_cache_at_a_time(monkeypatch):
-    alive, init = weakref.WeakSet(), common.Decoder.__init__
-
-    def counting_init(decoder, *rest):
-        assert not alive
-        alive.add(decoder)
-        init(decoder, *rest)
-
-    monkeypatch.setattr(common.Decoder, "__init__", counting_init)
-    _, ids, mask = ragged_prompts(0)
-    responses, *_ = rollout(tiny_model(), ids, mask, 3, [0], rollout_batch_size=1)
-    assert len(responses) == 4
-
-
 def test_one_row_that_is_not_finite_is_one_line():
     model, prompts = tiny_model("llama"), torch.tensor([[5, 1], [1, 1]])
     model.get_input_embeddings().weight.data[5] = float("nan")
-    with pytest.raises(common.InputError, match="finite logits"):
+    with pytest.raises(common.InputError, match="--model: expected finite logits"):
         rollout(model, prompts, prompts > 0, 1, [0], greedy=True)
 
 
-def test_greedy_rollout_is_the_argmax_of_full_forwards():
+def test_a_greedy_rollout_is_the_argmax_of_full_forwards():
     model = tiny_model("llama")
     prompts, ids, mask = ragged_prompts(0)
-    responses, response_mask, _ = rollout(model, ids, mask, 5, end_ids=[0], rollout_batch_size=3, greedy=True)
+    responses, response_mask, _ = rollout(model, ids, mask, 5, end_ids=[0], greedy=True)
     for i, prompt in enumerate(prompts):
         text = prompt
         for _ in range(int(response_mask[i].sum())):
@@ -218,22 +231,17 @@ def test_greedy_rollout_is_the_argmax_of_full_forwards():
         assert torch.equal(responses[i][response_mask[i]], text[len(prompt) :])
 
 
-def test_rollout_stops_when_all_have_ended():
+def test_a_rollout_stops_when_all_have_ended():
     model, calls = tiny_model(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    prompts = torch.ones(3, 2, dtype=torch.long)
-    every_token = list(range(12))
-    responses, response_mask, _ = rollout(
-        model, prompts, prompts.bool(), 20, end_ids=every_token, generator=torch.Generator().manual_seed(0)
-    )
+    prompts, generator = torch.ones(3, 2, dtype=torch.long), torch.Generator().manual_seed(0)
+    responses, response_mask, _ = rollout(model, prompts, prompts > 0, 20, end_ids=list(range(12)), generator=generator)
     assert len(calls) == 1 and response_mask.sum(1).tolist() == [1, 1, 1] and responses.shape == (3, 20)
 
 
-def test_rollout_reads_a_prompt_once_for_all_its_samples():
+def test_a_rollout_reads_a_prompt_once_for_all_its_samples():
     model, shapes = tiny_model(), []
     model.transformer.wte.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
-    prompts = torch.ones(3, 4, dtype=torch.long)
-    rollout(
-        model, prompts, prompts.bool(), 2, end_ids=[], samples_per_prompt=5, generator=torch.Generator().manual_seed(0)
-    )
+    prompts, generator = torch.ones(3, 4, dtype=torch.long), torch.Generator().manual_seed(0)
+    rollout(model, prompts, prompts > 0, 2, end_ids=[], samples_per_prompt=5, generator=generator)
     assert shapes == [(3, 4), (15, 1)]

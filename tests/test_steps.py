@@ -1,10 +1,12 @@
 """What main does with a batch, against the equations in the docstring of each script, response by response.
 
-The rollout is replaced: the test chooses the responses, their lengths and how they end. Log-probabilities, returns,
-advantages and losses are then computed again, one response at a time and without padding, as sums in plain Python.
+The rollout is replaced: the test chooses the responses, their lengths and how they end, and which of their tokens were
+sampled: the others are holes, such as the output of a tool. Log-probabilities, returns, advantages and losses are then
+computed again, one response at a time and without padding, as sums over the sampled tokens in plain Python.
 """
 
 import importlib
+from dataclasses import dataclass
 
 import common
 import ppo_lm
@@ -21,7 +23,7 @@ B, K, LENGTH = 16, 4, 5
 BETA, GAMMA, LAMBDA, T = 0.3, 0.9, 0.8, 0.7
 
 
-PROMPTS = {(0, 1): "01", (2, 0, 4): "204", (5,): "5", (6, 10, 9, 0): "6<end>90"}
+PROMPTS = {(0, 1): "01", (2, 0, 4): "204", (1,): "1", (6, 10, 9, 0): "6<end>90"}  # two differ in a 0 in front
 REWARD = (
     "def fn(prompts, responses):\n    return [len(p) + sum(map(int, r)) % 7 / 3 for p, r in zip(prompts, responses)]\n"
 )
@@ -48,21 +50,32 @@ def checkpoint(folder):
     model.save_pretrained(folder)
 
 
+@dataclass
+class Response:
+    prompt: list[int]
+    tokens: list[int]  # up to the end
+    ended: bool
+    sampled: list[bool]  # of each token
+
+    def actions(self):
+        return torch.tensor(self.tokens)[self.sampled]
+
+
 class Recorded:
     """Iterations of a script's main, on responses that are chosen here.
 
     steps: (network, rows of its batch, parameters before the step, gradient, learning rate), in order.
-    batches: for each iteration rows of (prompt ids, response ids up to the end, has it ended).
+    batches: a list of responses for each iteration.
     """
 
-    def __init__(self, name, tmp_path, monkeypatch, *flags, iterations=1):
+    def __init__(self, name, tmp_path, monkeypatch, *flags, iterations=1, holes=False):
         self.module, self.batches, self.steps, forwards = importlib.import_module(name), [], [], []
         self.value_losses = []
         self.truncation = "bootstrap" if "bootstrap" in flags else "terminal"
         (tmp_path / "mine.py").write_text(REWARD)
         (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{p}"}}\n' for p in PROMPTS.values()))
         checkpoint(tmp_path / "checkpoint")
-        generator = torch.Generator().manual_seed(0)
+        generator, sample = torch.Generator().manual_seed(0), common.sample
 
         def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, greedy=False, **more):
             if greedy:  # the last token of the prompt and the end
@@ -80,27 +93,32 @@ class Recorded:
                         parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
                 self.policy = model
             rows, responses = [], torch.zeros(B, LENGTH, dtype=torch.long)
-            mask = torch.zeros(B, LENGTH, dtype=torch.bool)
+            mask, logprobs = torch.zeros(B, LENGTH, dtype=torch.bool), torch.zeros(B, LENGTH)
             for i in range(B):
-                (prompt,) = [
-                    list(p)
-                    for p in PROMPTS
-                    if list(p) == prompts[i // K, -len(p) :].tolist() and prompt_mask[i // K].sum() == len(p)
-                ]
+                prompt = prompts[i // K][prompt_mask[i // K]].tolist()
                 length = min(1 + i % 8, LENGTH)
                 response = torch.randint(9, (length,), generator=generator).tolist()
                 if i % 8 < LENGTH:  # the others are cut
                     response[-1] = 9 + i % 2
-                rows.append((prompt, response, response[-1] > 8))
+                ended = response[-1] > 8
+                # At the start, in between, and at the end of those that are cut.
+                sampled = [not holes or (t + i) % 3 != 1 or (ended and t + 1 == length) for t in range(length)]
+                rows.append(Response(prompt, response, ended, sampled))
                 responses[i, :length], mask[i, :length] = torch.tensor(response), True
-            logprobs = torch.zeros(B, LENGTH)
-            for i, row in enumerate(rows):
-                logprobs[i, : len(row[1])] = self.logprobs(row, model).detach()
+                logprobs[i, :length][sampled] = self.logprobs(rows[i], model).detach()
             self.batches.append(rows)
+            self.has_stepped = False
             return responses, mask, logprobs
 
+        def sample_with_holes(*args, greedy=False, **settings):
+            sequences, attention_mask, response_mask, *rest = sample(*args, greedy=greedy, **settings)
+            if not greedy:
+                for mask, row in zip(response_mask, self.batches[-1], strict=True):
+                    mask[: len(row.sampled)] = torch.tensor(row.sampled)
+            return sequences, attention_mask, response_mask, *rest
+
         def record(optimizer):
-            (group,) = optimizer.param_groups
+            (group,), self.has_stepped = optimizer.param_groups, True
             kind = "policy" if group["params"][0] is next(self.policy.parameters()) else "critic"
             parameters = torch.cat([p.detach().flatten() for p in group["params"]])
             self.steps.append((kind, list(forwards), parameters, flat_gradient(optimizer), group["lr"]))
@@ -116,12 +134,10 @@ class Recorded:
 
             def recording_forward(critic, sequences, attention_mask, args):
                 if torch.is_grad_enabled():
-                    for tail in sequences.tolist():
-                        for i, (prompt, response, _) in enumerate(self.batches[-1]):
-                            known = prompt + (response + [0] * LENGTH)[:LENGTH]
-                            forwards.extend(
-                                [i] if tail[-len(known) :] == known and not any(tail[: -len(known)]) else []
-                            )
+                    known = [row.prompt + row.tokens for row in self.batches[-1]]
+                    for ids, real in zip(sequences, attention_mask):
+                        (row,) = [i for i, text in enumerate(known) if text == ids[real].tolist()]
+                        forwards.append(row)
                 return forward(critic, sequences, attention_mask, args)
 
             monkeypatch.setattr(self.module.Critic, "__init__", loud_head)
@@ -135,44 +151,63 @@ class Recorded:
                 return result
 
             monkeypatch.setattr(trpo_lm, "surrogate_gradient", recording_gradient)
+        add_sums = common.add_sums
+
+        def checking_sums(sums, mask, values):
+            if "ratio" in values and not self.has_stepped:
+                assert (values["ratio"][mask] == 1).all(), "log pi_old has to come from the same micro-batches"
+            add_sums(sums, mask, values)
+
+        monkeypatch.setattr(common, "add_sums", checking_sums)
         monkeypatch.setattr(common, "rollout", rollout)
+        monkeypatch.setattr(common, "sample", sample_with_holes)
+        monkeypatch.setattr(common, "try_model", lambda *_: None)
+        monkeypatch.setattr(common, "save_model", lambda *_: None)
         data = tmp_path / "data.jsonl"
         run = ["--model", tmp_path / "checkpoint", "--dataset", data, "--eval-dataset", data, "--eval-every", 0]
         run += ["--reward", f"{tmp_path}/mine.py:fn", "--batch-size", B, "--samples-per-prompt", K, "--device", "cpu"]
-        run += ["--total-episodes", B * iterations, "--response-length", LENGTH, "--temperature", T, "--kl-coef", BETA]
-        run += ["--gamma", GAMMA, "--max-grad-norm", 1e9, "--save-every", 0, "--output-dir", tmp_path / "runs", *flags]
-        with recorded_gradients(torch.optim.AdamW, record):
-            run_main(self.module, *run)
+        run += ["--total-episodes", B * iterations, "--response-length", LENGTH, "--temperature", T]
+        run += ["--kl-ref-coef", BETA, "--gamma", GAMMA, "--max-grad-norm", 1e9, "--save-every", 0]
+        with recorded_gradients(torch.optim.Adam, record):
+            run_main(self.module, *run, "--output-dir", tmp_path / "runs", *flags)
         (run_dir,) = (tmp_path / "runs").iterdir()
         self.logged = {tag: [value for _, value in values] for tag, values in scalars(run_dir).items()}
+        assert name != "ppo_lm" or self.logged["policy/ratio_first_minibatch"] == [1.0] * iterations
         self.after = vector(self.policy)
         monkeypatch.undo()
 
     def logits(self, row, policy, parameters=None):
-        """Of one response without any padding: (T_i, V), at the temperature."""
-        prompt, response, *_ = row
+        """Of the n sampled tokens of one response without any padding: (n, V), at the temperature."""
         if parameters is not None:
             torch.nn.utils.vector_to_parameters(parameters, policy.parameters())
-        text = torch.tensor([prompt + response])
-        return policy(text, attention_mask=torch.ones_like(text)).logits[0, len(prompt) - 1 : -1] / T
+        text = torch.tensor([row.prompt + row.tokens])
+        return policy(text, attention_mask=torch.ones_like(text)).logits[0, len(row.prompt) - 1 : -1][row.sampled] / T
 
     def values(self, row, critic):
-        """Of the states before each token and of the one after the last: (T_i + 1,)."""
-        prompt, response, *_ = row
-        text = torch.tensor([prompt + response])
-        hidden = critic.backbone(text, attention_mask=torch.ones_like(text)).last_hidden_state[0, len(prompt) - 1 :]
-        return critic.head(hidden)[:, 0]
+        """Of the states before each sampled token and of the one after the last token: (n + 1,)."""
+        text = torch.tensor([row.prompt + row.tokens])
+        hidden = critic.backbone(text, attention_mask=torch.ones_like(text)).last_hidden_state[0, len(row.prompt) - 1 :]
+        return critic.head(hidden[[*row.sampled, True]])[:, 0]
 
     def logprobs(self, row, policy, parameters=None):
         logits = self.logits(row, policy, parameters)
-        return logits.log_softmax(-1).gather(1, torch.tensor(row[1])[:, None])[:, 0]
+        return logits.log_softmax(-1).gather(1, row.actions()[:, None])[:, 0]
+
+    def check_kl(self, i, parameters):
+        """That of batch i from the policy of that batch to the reference, in the log."""
+        with torch.no_grad():
+            log_p, log_ref = [
+                torch.cat([self.logprobs(row, self.policy, p) for row in self.batches[i]])
+                for p in (parameters, self.reference)
+            ]
+        assert self.logged["objective/kl_ref"][i] == pytest.approx((log_p - log_ref).sum().item() / B, rel=1e-3)
 
     def rewards(self, row, parameters):
         """(1), with the policy of the batch."""
         with torch.no_grad():
             log_p, log_ref = [self.logprobs(row, self.policy, p) for p in (parameters, self.reference)]
         rewards = (-BETA * (log_p - log_ref)).tolist()
-        rewards[-1] += score(row[0], row[1])
+        rewards[-1] += score(row.prompt, row.tokens)
         return rewards
 
     def advantages(self, iteration, parameters, critic):
@@ -180,7 +215,7 @@ class Recorded:
         advantages, returns, old_values = [], [], []
         for row in self.batches[iteration]:
             rewards, values = self.rewards(row, parameters), self.values(row, critic).tolist()
-            if row[2] or self.truncation == "terminal":
+            if row.ended or self.truncation == "terminal":
                 values[-1] = 0.0
             deltas = [r + GAMMA * after - v for r, v, after in zip(rewards, values, values[1:])]
             length = len(rewards)
@@ -205,11 +240,14 @@ def assert_gradient(loss, module, found, tolerance=1e-3):
     assert expected.norm() > 1e-3 and (found - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
-@pytest.mark.parametrize("baseline", ["none", "mean", "ema", "leave_one_out", "greedy"])
-def test_reinforce_takes_the_steps_of_its_equations(baseline, normalize, tmp_path, monkeypatch):
-    flags = ["--baseline", baseline, "--micro-batch-size", 4, *(["--normalize-advantages"] if normalize else [])]
-    run = Recorded("reinforce_lm", tmp_path, monkeypatch, *flags, iterations=3)
+BASELINES = [("none", False, False), ("mean", False, True), ("ema", False, False), ("greedy", True, False)]
+BASELINES += [("leave_one_out", False, False), ("leave_one_out", True, True)]
+
+
+@pytest.mark.parametrize("baseline, normalize, holes", BASELINES)
+def test_reinforce_takes_the_steps_of_its_equations(baseline, normalize, holes, tmp_path, monkeypatch):
+    flags = ["--baseline", baseline, "--micro-batch-tokens", 40, *(["--normalize-advantages"] if normalize else [])]
+    run = Recorded("reinforce_lm", tmp_path, monkeypatch, *flags, iterations=3, holes=holes)
     assert len(run.steps) == 3
     ema = 0.0
     for i, (_, _, parameters, gradient, _) in enumerate(run.steps):
@@ -219,7 +257,7 @@ def test_reinforce_takes_the_steps_of_its_equations(baseline, normalize, tmp_pat
         b["leave_one_out"] = torch.stack(
             [whole[[m for m in range(B) if m // K == n // K and m != n]].mean() for n in range(B)]
         )
-        b["greedy"] = torch.tensor([score(row[0], row[0][-1:]) for row in run.batches[i]])
+        b["greedy"] = torch.tensor([score(row.prompt, row.prompt[-1:]) for row in run.batches[i]])
         advantages = [
             torch.tensor([sum(GAMMA**n * row[n] for n in range(t, len(row))) for t in range(len(row))]) - b[baseline][n]
             for n, row in enumerate(rewards)
@@ -234,7 +272,8 @@ def test_reinforce_takes_the_steps_of_its_equations(baseline, normalize, tmp_pat
         logits = [run.logits(row, run.policy, parameters) for row in run.batches[i]]
         entropy = torch.distributions.Categorical(logits=torch.cat(logits)).entropy().mean().item()
         assert run.logged["policy/entropy"][i] == pytest.approx(entropy, rel=1e-3)
-        assert run.logged["objective/ended"][i] == pytest.approx(sum(row[2] for row in run.batches[i]) / B)
+        assert run.logged["objective/ended"][i] == pytest.approx(sum(row.ended for row in run.batches[i]) / B)
+        run.check_kl(i, parameters)
         ema = whole.mean().item() if i == 0 else 0.9 * ema + 0.1 * whole.mean().item()
     assert [rate for *_, rate in run.steps] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
 
@@ -254,23 +293,22 @@ def check_critic(run, rows, parameters, gradient, critic, returns, old_values, c
 
 
 CASES = [
-    ("clip", "terminal", 1, 0.04),
-    ("clip", "bootstrap", 1, 0.04),
-    ("clip", "terminal", 2, 0),  # the same range on both sides, and a second epoch with the ratios of the first
-    ("kl_penalty", "terminal", 1, 0),
-    ("kl_penalty", "terminal", 2, 0),
+    ("clip", "terminal", 1, 0.04, False),
+    ("clip", "bootstrap", 1, 0.04, True),
+    ("clip", "terminal", 2, 0, False),  # the same range on both sides, and a second epoch with the ratios of the first
+    ("kl_penalty", "terminal", 2, 0, True),
 ]
 
 
-@pytest.mark.parametrize("surrogate, truncation, epochs, high", CASES)
-def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, high, tmp_path, monkeypatch):
+@pytest.mark.parametrize("surrogate, truncation, epochs, high, holes", CASES)
+def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, high, holes, tmp_path, monkeypatch):
     """Two minibatches: at the second, ratios have left 1 and values V_old, and clips are active on both sides."""
     flags = ["--surrogate", surrogate, "--truncation", truncation, "--num-minibatches", 2, "--update-epochs", epochs]
     flags += ["--clip-coef", 0.02, "--clip-coef-high", high, "--value-clip", 0.05, "--ent-coef", 0.1]
-    flags += ["--micro-batch-size", 3] if epochs == 2 else []
+    flags += ["--micro-batch-tokens", 20] if surrogate == "kl_penalty" else []
     high = 1 + (high or 0.02)
     flags += ["--gae-lambda", LAMBDA, "--learning-rate", 2e-3, "--critic-learning-rate", 2e-3, "--penalty-coef", 3]
-    run = Recorded("ppo_lm", tmp_path, monkeypatch, *flags)
+    run = Recorded("ppo_lm", tmp_path, monkeypatch, *flags, holes=holes)
     assert [kind for kind, *_ in run.steps] == ["critic", "policy"] * 2 * epochs
     assert sorted(run.steps[0][1] + run.steps[2][1]) == list(range(B))
     critic = ppo_lm.Critic(run.policy)
@@ -279,7 +317,7 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, hig
     with torch.no_grad():
         advantages, returns, old_values = run.advantages(0, old, critic)
         old_logits = [run.logits(row, run.policy, old) for row in run.batches[0]]
-    tokens = [torch.tensor(row[1]) for row in run.batches[0]]
+    tokens = [row.actions() for row in run.batches[0]]
     categorical = torch.distributions.Categorical
 
     def ratios(i, parameters):
@@ -313,6 +351,7 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, hig
     assert run.logged["policy/grad_norm"] == pytest.approx([sum(norms) / len(norms)], rel=1e-3)
     r, v = torch.cat(returns), torch.cat(old_values)
     assert run.logged["value/explained_variance"] == pytest.approx([1 - ((r - v).var() / r.var()).item()], rel=1e-3)
+    run.check_kl(0, old)
     assert run.logged["value/mean"] == pytest.approx([v.mean().item()], rel=1e-3)
     with torch.no_grad():
         final = torch.cat([ratios(i, run.after)[0] for i in range(B)])
@@ -329,8 +368,8 @@ def test_ppo_takes_the_steps_of_its_equations(surrogate, truncation, epochs, hig
 def test_early_stops_look_at_whole_minibatches(target, tmp_path, monkeypatch):
     """Micro-batches of one response change no decision. Some runs stop with minibatches left."""
     steps = []
-    for size in (8, 1):
-        flags = ["--num-minibatches", 4, "--update-epochs", 3, "--target-kl", target, "--micro-batch-size", size]
+    for size in (4096, 1):
+        flags = ["--num-minibatches", 4, "--update-epochs", 3, "--target-kl", target, "--micro-batch-tokens", size]
         (tmp_path / str(size)).mkdir()
         run = Recorded("ppo_lm", tmp_path / str(size), monkeypatch, *flags)
         steps.append(len(run.steps) / 2)
@@ -352,11 +391,11 @@ def test_an_early_stop_leaves_no_gradient_to_the_next_batch(tmp_path, monkeypatc
     assert_gradient(-(torch.cat([advantages[i] for i in rows]) * logprobs).mean(), run.policy, policy_gradient)
 
 
-@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
-def test_trpo_takes_the_steps_of_its_equations(truncation, tmp_path, monkeypatch):
+@pytest.mark.parametrize("truncation, holes", [("terminal", False), ("bootstrap", True)])
+def test_trpo_takes_the_steps_of_its_equations(truncation, holes, tmp_path, monkeypatch):
     flags = ["--truncation", truncation, "--num-minibatches", 2, "--update-epochs", 1, "--value-clip", 0.05]
-    flags += ["--gae-lambda", LAMBDA, "--critic-learning-rate", 2e-3, "--micro-batch-size", 4]
-    run = Recorded("trpo_lm", tmp_path, monkeypatch, *flags)
+    flags += ["--gae-lambda", LAMBDA, "--critic-learning-rate", 2e-3, "--micro-batch-tokens", 40]
+    run = Recorded("trpo_lm", tmp_path, monkeypatch, *flags, holes=holes)
     assert [kind for kind, *_ in run.steps] == ["policy", "critic", "critic"]
     assert sorted(run.steps[1][1] + run.steps[2][1]) == list(range(B))
     critic = trpo_lm.Critic(run.policy)
@@ -365,9 +404,10 @@ def test_trpo_takes_the_steps_of_its_equations(truncation, tmp_path, monkeypatch
     advantages, returns, old_values = run.advantages(0, old, critic)
     logits = [run.logits(row, run.policy, old) for row in run.batches[0]]
     before = torch.distributions.Categorical(logits=torch.cat(logits))
-    tokens = torch.cat([torch.tensor(row[1]) for row in run.batches[0]])
+    tokens = torch.cat([row.actions() for row in run.batches[0]])
     assert_gradient(-(torch.cat(advantages) * before.log_prob(tokens)).mean(), run.policy, run.steps[0][3])
     assert run.logged["policy/entropy"] == pytest.approx([before.entropy().mean().item()], rel=1e-3)
+    run.check_kl(0, old)
     clipped = [check_critic(run, rows, p, g, critic, returns, old_values, 0.05) for _, rows, p, g, _ in run.steps[1:]]
     assert clipped[0] == 0 < clipped[1]
     assert run.logged["loss/value"] == pytest.approx([sum(run.value_losses) / 2], rel=1e-3)
@@ -379,7 +419,7 @@ def test_trpo_takes_the_steps_of_its_equations(truncation, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("script", ["ppo_lm", "trpo_lm"])
 def test_each_epoch_visits_each_response_once_in_another_order(script, tmp_path, monkeypatch):
-    flags = ["--num-minibatches", 4, "--update-epochs", 3, "--micro-batch-size", 2]
+    flags = ["--num-minibatches", 4, "--update-epochs", 3, "--micro-batch-tokens", 20]
     run = Recorded(script, tmp_path, monkeypatch, *flags)
     rows = [rows for kind, rows, *_ in run.steps if kind == "critic"]
     epochs = [sum(rows[i : i + 4], []) for i in (0, 4, 8)]
