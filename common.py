@@ -182,7 +182,7 @@ def means_over_ranks(sums, count):
 def clip_gradients(network, max_grad_norm):
     """Clip the norm of the gradients in place to `max_grad_norm`, and return the norm before clipping."""
     norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)).item()
-    require(norm < float("inf"), "gradient", "a finite norm; try a lower learning rate, or --reward-clip", norm)
+    require(norm < float("inf"), "gradient", "a finite norm; try a lower learning rate", norm)
     return norm
 
 
@@ -800,7 +800,7 @@ def score_responses(reward_fn, args, part_names, rows, responses, facts):
         part_names: the names that parts have to have, on all ranks, or None for any.
         rows: N rows of a data set. responses: N k texts, the k of one prompt next to each other.
         facts: lists with an entry for each response, which the function gets if it has a parameter of that name.
-    Returns (N k,) tensors on the CPU: the scores, clipped to plus and minus --reward-clip, and a dictionary of parts.
+    Returns (N k,) tensors on the CPU: the scores, and a dictionary of parts.
     """
     rows = [row for row in rows for _ in range(len(responses) // len(rows))]
     names = [name for name in rows[0] if name != "input_ids"]
@@ -819,5 +819,4 @@ def score_responses(reward_fn, args, part_names, rows, responses, facts):
             tensors[part] = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
         is_valid = tensors[part].shape == (len(responses),) and tensors[part].isfinite().all()
         require(is_valid, name, f"a list of {len(responses)} finite {part}", values)
-    scores = tensors.pop("scores")
-    return scores.clamp(-args.reward_clip, args.reward_clip) if args.reward_clip else scores, tensors
+    return tensors.pop("scores"), tensors

@@ -113,8 +113,6 @@ class Args:
     """match, exact, rouge, bleu, model:NAME (a classifier), or FILE.py:function(prompts, responses, **columns)"""
     reward_logit: int = -1
     """the logit of --reward model:NAME that is the score, counted from 0, or from the end with -1"""
-    reward_clip: NonNegative[float] = 0.0
-    """scores are clipped to plus and minus this; 0 for no limit"""
     total_episodes: NonNegative[int] = 10_240
     """responses to train on, rounded down to whole batches; 0 only evaluates the model"""
     batch_size: Positive[int] = 128

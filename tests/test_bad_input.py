@@ -78,7 +78,6 @@ UP_TO_ONE, ZERO_TO_ONE = "more than 0 and at most 1", "0 to 1"
         (reinforce_lm, "max_grad_norm", [0.0], POSITIVE),
         (reinforce_lm, "kl_ref_horizon", [0], POSITIVE),
         (reinforce_lm, "kl_ref_coef", [-0.1, float("nan")], NOT_NEGATIVE),
-        (reinforce_lm, "reward_clip", [-1.0], NOT_NEGATIVE),
         (reinforce_lm, "sampler_clip", [-1.0], NOT_NEGATIVE),
         (reinforce_lm, "lora_rank", [-1], NOT_NEGATIVE),
         (reinforce_lm, "total_episodes", [-128], NOT_NEGATIVE),

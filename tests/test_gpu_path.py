@@ -67,6 +67,7 @@ def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     gpu = importlib.import_module("gpu")
     monkeypatch.setattr(gpu.one_tree, "compile_layers", lambda policy, **settings: None)
+    monkeypatch.setattr(gpu.one_tree, "reset_peak", lambda device: None)  # collecting garbage takes most of the time
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     gpu.main(gpu.Args(parts="card,correctness,steps,rollout,update", small=True))
     output = capsys.readouterr().out
@@ -76,8 +77,7 @@ def test_the_gpu_benchmark_measures_all_it_promises(monkeypatch, capsys):
     assert gradient < 1e-6 and fisher_product < 1e-6 and equal_tokens == 1, "the CPU against the CPU"
     assert 1e-4 < float(rows["bfloat16"][0]) < 0.05
     for change in ("pass, one mask", "pass, one mask, compiled layers"):
-        assert float(rows[change][5]) < 0.01, "another way to the same logits"
-    updates = [name for name in rows if name.startswith("--micro-batch-tokens") or "compiled layers" == name[-15:]]
-    norms = {rows[name][5] for name in rows if "micro-batch" in name or "layers compiled" in name}
-    assert len(norms) == 1 and len(updates) >= 3, "memory and speed knobs"
+        assert float(rows[change][5]) < 0.005, "another way to the same logits"
+    updates = [cells for name, cells in rows.items() if "micro-batch" in name or name == "the second, layers compiled"]
+    assert len(updates) == 4 and len({cells[5] for cells in updates}) == 1, "all have one gradient"
     assert {"ragged", "fixed length, `generate`", "sampling, compiled"} <= set(rows)

@@ -77,9 +77,6 @@ def test_scores_are_the_logits_of_single_texts(classifier):
         texts = [tokenizer(p + r, return_tensors="pt") for p, r in zip(prompts, responses)]
         expected = torch.stack([model(**text).logits[0, logit] for text in texts[:3]]).repeat(12)
         torch.testing.assert_close(load(classifier, logit)(prompts, responses), expected, rtol=1e-4, atol=1e-5)
-    args, rows = reinforce_lm.Args(reward="model", reward_clip=0.01), [{"prompt": prompt} for prompt in prompts]
-    clipped, _ = common.score_responses(load(classifier, 0), args, None, rows, responses, {})
-    torch.testing.assert_close(clipped, expected.clamp(-0.01, 0.01), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +144,11 @@ def test_a_text_that_is_too_long_is_read_from_its_end(classifier):
 
 def test_the_policy_learns_to_please_it(classifier, tmp_path):
     flags = ["--reward", f"model:{classifier}", "--total-episodes", 64 * 25, "--batch-size", 64, "--eval-size", 32]
-    flags += ["--learning-rate", 1e-2, "--device", "cpu", "--eval-every", 0, "--save-every", 0, "--reward-clip", 3]
+    flags += ["--learning-rate", 1e-2, "--device", "cpu", "--eval-every", 0, "--save-every", 0]
     run_main(reinforce_lm, *flags, "--output-dir", tmp_path)
     (run_dir,) = tmp_path.iterdir()
     lines = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    assert len(lines) == 64 + 25 * 4 and max(line["score"] for line in lines) == 3
+    assert len(lines) == 64 + 25 * 4
     answers = [line["response"] for line in lines if line["split"] == "eval"]
     before, after = [[text.count("7") > 1 for text in part] for part in (answers[:32], answers[32:])]
     assert len(after) == 32 and sum(after) > sum(before) + 16, "it learned to write sevens"
