@@ -1,8 +1,8 @@
 """Tokenization, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
-`args` are the flags of a script. Functions do not write to their arguments, except those whose names say so.
-Shapes: N prompts, B responses of a batch on this rank, b of a micro-batch, P prompt length, R response length, p and r
-those of a micro-batch after `trim`, n response tokens of a micro-batch, V vocabulary.
+`args` are the flags of a script. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of a
+micro-batch or of what is sampled at once, P prompt length, R response length, p and r those of a micro-batch after
+`trim`, n response tokens of a micro-batch, V vocabulary.
 
 Prompts are padded on the left, so that every response starts in the same column. With P = 3 and R = 4, a prompt of two
 tokens p and a response of two tokens a and an end token e:
@@ -12,7 +12,7 @@ tokens p and a response of two tokens a and an end token e:
     attention_mask      0    1    1    1    1    1    0        (B, P+R)    real tokens
     response_mask                      1    1    1    0        (B, R)      sampled tokens, which are trained
     logits at column              2    3    4                  (n, V)      score a1, a2, e: one column earlier
-    values at column              2    3    4    5    6        (B, R+1)    of the states before these, and after pad
+    values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e, pad, and after it
 
 The mask ends after the first end token that was sampled, an action like any other. It is made once, by the rollout.
 Nothing compares ids with the padding id, which may be the end token's:
@@ -32,6 +32,7 @@ import json
 import os
 import sys
 import types
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -87,6 +88,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 def parse_flags(args_class, tiny, adapters, argv=None):
     """Parse the command line: -> args, and the checkpoint of --resume or None, whose flags then are the defaults."""
+    # Twice, for three flags decide about the defaults of the others.
     about = f"Defaults of --model tiny: {tiny}. Defaults with --lora-rank: {adapters}."
     args = tyro.cli(args_class, args=argv, description=about)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
@@ -266,7 +268,7 @@ def load_policy(args, tokenizer, prompts):
 
 
 def full_precision_product(head, hidden):
-    """Logits in float32, under autocast too: (..., hidden size) -> (..., V). One of 16 in bfloat16 is off by 1/16."""
+    """Logits as a float32 product (TF32 on a GPU), under autocast too, where one of 16 would be off by up to 1/16."""
     with torch.autocast(hidden.device.type, enabled=False):
         # Columns cut out of the hidden states are not contiguous, and PyTorch would copy a frozen head for each row.
         return type(head).forward(head, hidden.contiguous().to(head.weight.dtype))
@@ -308,7 +310,7 @@ def copy_network(network):
 def prepare(network, device, args, spread=True):
     """Move a network to the device, if `spread` over the ranks, and return it.
 
-    Copy a network before preparing it: a copy's layers would still call the original's.
+    Copy a network before preparing it: `layer.forward`, once replaced, would still call the original's layer in a copy.
     """
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
@@ -349,10 +351,10 @@ def position_ids(attention_mask):
 
 
 def micro_batches_of(groups, attention_mask, args):
-    """Row indices (n/k, k), the k rows of a prompt in a line, as micro-batches of --micro-batch-tokens: a list of (b,).
+    """Deal rows into micro-batches of at most --micro-batch-tokens, padding included: (prompts, k) -> a list of (b,).
 
-    Rows of a prompt stay together, for `share_prompts` runs it once, or rows of like length come together, whichever
-    computes fewer tokens, padding included. The longest responses, which need most memory, come first.
+    groups: the k row indices of each prompt. They stay together, for `share_prompts` runs a prompt once, or else rows
+    of like length do, whichever computes fewer tokens. The longest responses, which need most memory, come first.
     """
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
@@ -392,7 +394,7 @@ class SharedLayer(DynamicLayer):
     rows = None  # while the prompts are run
 
     def update(self, keys, values, *_, **__):
-        """Keep or join, never append: a checkpointed layer runs twice."""
+        """Keep or join; DynamicLayer appends, which a checkpointed layer, that runs twice, would do twice."""
         if self.rows is None:
             self.keys, self.values, self.is_initialized = keys, values, True
             return keys, values
@@ -400,10 +402,10 @@ class SharedLayer(DynamicLayer):
 
 
 def share_prompts(network, sequences, attention_mask, num_outputs):
-    """Run each prompt of the (b, L) rows once, and return the keyword arguments for the pass over the rest.
+    """Run each prompt of the (b, L) rows once, if that pays, and return the keyword arguments of the pass that is left.
 
-    The prompts' pass fills a cache; gradients flow back into it, summed over the rows that share a prompt. The rest are
-    the last `num_outputs` columns, of which the first is the prompt's last token: it stays with each row.
+    `network(**returned)` computes the last `num_outputs` columns, of which the first is the prompt's last token, on top
+    of a cache that the prompts' pass fills; gradients flow back into it, summed over the rows that share a prompt.
     """
     inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
     length = sequences.shape[1] - num_outputs  # of what may be shared
@@ -416,10 +418,10 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     cache = Cache(layer_class_to_replicate=SharedLayer)
     prompts = {name: values[is_first, :length] for name, values in inputs.items()}  # (number of prompts, length) each
     output = network(**prompts, past_key_values=cache, use_cache=True)[0]  # (prompts, 1 or more, V or hidden size)
-    layers = [copy.copy(layer) for layer in cache.layers]
+    layers = [copy.copy(layer) for layer in cache.layers]  # the prompts' own stay as they are, to be run again
     for layer in layers:
         layer.rows = is_first.cumsum(0) - 1  # (b,)
-    if dist.is_initialized():  # FSDP2 gathers a layer again when its output gets a gradient; the last one's would not
+    if dist.is_initialized():  # FSDP2 gathers a layer in backward if its output has a gradient; give the last one's one
         layers[-1].keys = layers[-1].keys + 0.0 * output[0, -1, 0]
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
     return inputs | dict(past_key_values=Cache(layers), use_cache=True)
@@ -443,8 +445,9 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     def run(**inputs):
         return torch.func.functional_call(model, parameters, kwargs=inputs) if parameters else model(**inputs)
 
-    def select(head, hidden):  # the head's input: -> (1, n, hidden size)
-        return (hidden[0][:, -length:][response_mask][None],)
+    def select(head, inputs):  # what the head, by `full_precision_product`, gets to see: -> (1, n, hidden size)
+        (hidden,) = inputs
+        return (hidden[:, -length:][response_mask][None],)
 
     with autocast(sequences.device, args):
         # The last token is only predicted.
@@ -467,7 +470,7 @@ def in_micro_batches(function, micro_batches, *tensors):
 # ===== Prompts: rows of a data set, dictionaries with `prompt`, its token ids `input_ids`, and any other columns =====
 PAD_ID = 0  # masks decide which tokens are real, so padding may be any id of the vocabulary, the end token's included
 NUM_SORT_PROMPTS = 2**15
-RESERVED = {"input_ids", "prompts", "responses", "ended", "num_tokens"}  # what a row or a reward's parameter is called
+RESERVED = {"input_ids", "prompts", "responses", "ended", "num_tokens"}  # names that this file gives
 
 
 def load_rows(dataset, flag, args):
@@ -577,7 +580,7 @@ def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1
     ids, mask = pad_prompts(rows, sampler.device)  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # Weights are rounded once for all tokens, and kept until the end of this block.
+    # Until the end of this block autocast keeps the weights that it has rounded, once for all tokens.
     with torch.autocast(sampler.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         chunks = zip(ids.split(at_once), mask.split(at_once))
         parts = zip(*[rollout(sampler, *chunk, end_ids, args, **settings) for chunk in chunks])
@@ -595,7 +598,7 @@ def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1
 
 
 class FixedLayer(StaticLayer):
-    """A cache layer of fixed size, in which keys have the precision of values, as attention rounds them anyway."""
+    """A cache layer of fixed size. Rotary embeddings leave keys in float32; attention would round them anyway."""
 
     def update(self, keys, values, *others, **settings):
         return super().update(keys.to(values.dtype), values, *others, **settings)
@@ -632,7 +635,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     length, positions, end_tensor = prompts.shape[1], position_ids(prompt_mask), torch.tensor(end_ids, device=device)
     logits = forward(prompts, positions, mask if fixed_size else mask[:, :length])  # (n, V)
     repeated = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (b,)
-    cache.reorder_cache(repeated)
+    cache.reorder_cache(repeated)  # each prompt's keys and values, once for each of its samples
     logits, mask, positions = logits[repeated], mask[repeated], positions[repeated, -1:]  # (b, V), (b, P+R), (b, 1)
     rows = torch.arange(len(responses), device=device)  # (b,), those that have not ended
     inputs, ended = torch.zeros_like(positions), torch.zeros_like(rows, dtype=torch.bool)  # (b, 1), (b,)
@@ -663,7 +666,9 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             continue
         used = mask if fixed_size else mask[:, : length + t + 1]
         logits = forward(inputs, positions, used)
-        if fixed_size and args.response_length - t > 8:  # recording costs what a graph saves over about three tokens
+        if (
+            fixed_size and args.response_length - t > 8
+        ):  # recording costs what a graph saves in three tokens, and memory
             graph, result = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # where replays write; recorded and not run
@@ -677,19 +682,20 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
 def try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, rows):
     """Refuse a model that padding, the cache of keys and values, or an unknown token would silently make wrong.
 
-    To four tokens after the longest prompt, and after half of it, in one batch, sampler and loss have to give the
+    To two samples of four tokens after the longest prompt, and after half of it, sampler and loss have to give the
     log-probabilities of the model called as plainly as can be; in float32, but for adapters on a bfloat16 base.
     """
     longest = max((row["input_ids"] for row in rows), key=len)
     known = sampler.get_input_embeddings().weight.shape[0]
     largest = max(*end_ids, *[max(row["input_ids"]) for row in rows])
     require(largest < known, "--model", f"ids below its {known} embeddings", largest)
-    args, gaps = replace(args, response_length=4, dtype=args.dtype if args.lora_rank else "float32"), []
+    gaps = []
+    args = replace(args, response_length=4, dtype=args.dtype if args.lora_rank else "float32")
     with input_errors(f"--model: a trial of {args.model} failed"):
         prompts = [{"input_ids": longest}, {"input_ids": longest[: len(longest) // 2 + 1]}]
         generator = make_generator(sampler.device, 0)
-        *batch, sampled, _, _ = sample(sampler, policy, tokenizer, end_ids, args, prompts, generator=generator)
-        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (2, 2, 4)
+        *batch, sampled, _, _ = sample(sampler, policy, tokenizer, end_ids, args, prompts, 2, generator)
+        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, 4)
         for tokens, real, mask, logprobs in zip(*batch, results):
             with autocast(tokens.device, args):
                 logits = policy(tokens[real][None, :-1]).logits[0]  # (L-1, V)
@@ -790,6 +796,9 @@ def load_reward(args, device, rows):
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
     _, parts = score_responses(reward_fn, args, None, rows[:1], [""], {"ended": [True], "num_tokens": [1]})
+    digest = torch.tensor(zlib.crc32(str(sorted(parts)).encode()), device=device)
+    range_of_ranks = all_reduce(digest, "max") + all_reduce(-digest, "max")  # the largest less the smallest
+    require(range_of_ranks == 0, f"--reward {name}", "parts of the same names on all ranks", set(parts))
     return functools.partial(score_responses, reward_fn, args, set(parts))
 
 

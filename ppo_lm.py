@@ -9,7 +9,7 @@ next token, the policy pi is the language model, and an end token is an action l
 earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
-    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)       only with --kl-ref-target
+    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(responses / horizon, 1)) with --kl-ref-target
 
 PPO (Schulman et al. 2017) samples a batch with the policy pi_old and takes several gradient steps on it. A critic V
 predicts the return of a state. The advantage of a token says how much better it turned out than that: tokens with a
@@ -192,7 +192,7 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
     """Log pi of each token, and the entropy of pi in its place: (n, V), (n,) -> (n,), (n,)."""
     log_pi = (logits / temperature).log_softmax(-1)  # (n, V), kept for the backward pass in place of the logits
     logprobs = log_pi.gather(1, tokens[:, None])[:, 0]
-    log_pi = log_pi if entropy_gradient else log_pi.detach()  # or pi would be kept as well
+    log_pi = log_pi if entropy_gradient else log_pi.detach()  # without a bonus, pi is not kept for the backward pass
     return logprobs, -(log_pi.exp() * log_pi).sum(1)
 
 
@@ -203,7 +203,7 @@ def policy_logprobs(model, sequences, attention_mask, response_mask, args, entro
     """
     logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
-    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces that fit a CPU's cache
+    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # in pieces that fit a CPU's cache
     pieces = zip(logits.split(size), tokens.split(size))
     statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
     zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
@@ -480,7 +480,7 @@ def main(args, checkpoint=None):
                 common.add_sums(sums, mask, token_metrics | {"ratio": ratio, "kl_before_step": sampled_kl})
             step = common.means_over_ranks(sums, num_tokens)
             if args.target_kl and steps and step["kl_before_step"] > args.target_kl:
-                optimizer.zero_grad()  # the KL is known only now that there are gradients, of a step that is not taken
+                optimizer.zero_grad()  # the passes that gave the KL gave gradients, too: of a step that is not taken
                 critic_optimizer.zero_grad()
                 break
             step["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)

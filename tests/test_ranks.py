@@ -66,9 +66,7 @@ def test_two_ranks_log_what_one_logs(run, saved):
     """Metrics of both updates and evaluations, of seven rows; and the samples that rank 0 has, too."""
     one_dir, two_dir = [next((saved[2] / runs / run).iterdir()) for runs in ("one_runs", "two_runs")]
     one, two = scalars(one_dir), scalars(two_dir)
-    assert one.keys() == two.keys() and ({"eval/prompt_length", "reward/prompt_length"} <= one.keys()) == (
-        PARTS[1] in RUNS[run]
-    )
+    assert one.keys() == two.keys() and (PARTS[1] not in RUNS[run] or "eval/prompt_length" in one)
     is_half = run == "trpo_lm half"
     for tag in one:
         for i in range(1 if is_half else 2):
