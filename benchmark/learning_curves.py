@@ -1,235 +1,118 @@
 """Learning curves: train each script with several seeds, then draw docs/NAME.png and write the table docs/NAME.md.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/learning_curves.py             # task `sort`, nine runs, offline: eleven minutes on two cores
-    python benchmark/learning_curves.py --reuse     # draw those runs again
-    python benchmark/learning_curves.py --name reviews --output-dir runs/reviews --seeds 1 --metric score \\
-        --flags="--model DIR --dataset FILE.jsonl --reward FILE.py:function"                         # another task
+    python benchmark/learning_curves.py             # task `sort`, nine runs, offline: ten minutes on two cores
+    python benchmark/learning_curves.py --name reviews --metric score --seeds 1 --scripts ppo_lm \\
+        --flags="--model DIR --dataset FILE.jsonl --reward FILE.py:function"                     # another task
+    python benchmark/learning_curves.py --name reviews --metric score --seeds 1 --reuse          # draws what is there
 
-Scripts that need different flags are trained one by one into the same folder (`--scripts ppo_lm --flags="..."`) and
-drawn together with `--reuse`. All paths are relative to the repository. Both x-axes count training alone: episodes, and
-the sum of `time/iteration_seconds`, without start and evaluation. Shapes: S seeds, E evaluations of a run, the one
-before the first update included, I iterations.
+runs/NAME keeps what runs logged, so that scripts with different flags can be trained one by one and drawn together.
+Both x-axes count training alone: episodes, and the sum of `time/iteration_seconds`, without start and evaluation.
 """
 
 import json
 import os
-import platform
+import re
 import shlex
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import common
-
 import numpy as np
+import one_tree
 import torch
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
 COLORS = {"reinforce_lm": "#0072B2", "ppo_lm": "#D55E00", "trpo_lm": "#009E73"}  # distinct for color-blind readers
-GOAL = 0.9  # share of exact matches; the table says when it is reached
+HEADER = "script | exact match, % | score | KL | episodes to 90 % | seconds to 90 % | tokens/s | whole command, s"
+ABOUT = """Greedy responses to held-out prompts after the last update, one figure for each seed. KL: to the reference,
+nats per response, mean of the last tenth of the batches. To 90 %: of training alone, at the first evaluation with so
+many exact matches, median over seeds. Tokens/s: response tokens, median over iterations. How it was measured:"""
 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["reinforce_lm", "ppo_lm", "trpo_lm"], ...] = tuple(COLORS)
-    """scripts to train, one after the other"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds to train each script with"""
-    flags: str = ""
-    """more flags for every script, in one string and with an equals sign: --flags="--total-episodes 5120" """
-    eval_every: int = 10
-    """iterations between evaluations, the resolution of the curves"""
-    output_dir: str = "runs/learning_curves"
-    """folder for the run directories"""
-    name: str = "learning_curves"
-    """name of the picture and the table in docs/"""
-    metric: Literal["exact", "score"] = "exact"
-    """what to draw; runs without --reward match or exact log no exact matches, and always show the score"""
-    reuse: bool = False
-    """train nothing, and draw the newest finished run of each script and seed in --output-dir"""
+    scripts: tuple[Literal["reinforce_lm", "ppo_lm", "trpo_lm"], ...] = tuple(COLORS)  # scripts to train
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds to train each script with
+    flags: str = ""  # more flags for every script, as in --flags="--total-episodes 5120"
+    eval_every: int = 10  # iterations between evaluations, the resolution of the curves
+    name: str = "learning_curves"  # name of the picture, the table and the runs
+    metric: Literal["exact", "score"] = "exact"  # what to draw; only some rewards are about exact matches
+    reuse: bool = False  # train nothing
 
 
-def git_commit():
-    """Short hash of the commit that is checked out, and whether tracked files differ from it."""
-    status, output = subprocess.getstatusoutput('git describe --always --exclude "*" --dirty=" + changes"')
-    return output if status == 0 else "unknown"  # a copy without its history
+def train(script, seed, args, path):
+    """Run a script to its end, and keep what it logged and how it was run."""
+    flags, start = f"--eval-every {args.eval_every} {args.flags}".strip(), time.time()
+    metrics = one_tree.run_script(f"{script}.py", *shlex.split(flags), seed=seed).metrics
+    failed, commit = subprocess.getstatusoutput('git describe --always --exclude "*" --dirty=" + changes"')
+    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else []
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else [*names, "CPU"][0]
+    about = "unknown" if failed else commit, machine, f"{os.cpu_count()} cores, torch {torch.__version__}"
+    notes = f"- `python {script}.py {flags} --seed N`, commit {', '.join(about)}, {time.strftime('%F')}"
+    path.write_text(json.dumps({"metrics": metrics, "notes": notes, "seconds": time.time() - start}))
 
 
-def machine(on_gpu):
-    """The GPU, or else the CPU, and the number of cores."""
-    name, cpu_info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if on_gpu:
-        name = torch.cuda.get_device_name()
-    elif cpu_info.exists():  # where Linux keeps the name that `platform` does not know
-        names = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def train(script, seed, args):
-    """Run a script to its end, and note in its run directory what the event files do not hold (benchmark.json)."""
-    command = f"python {script}.py --output-dir {shlex.quote(args.output_dir)} --save-every 0"
-    command += f" --eval-every {args.eval_every} {args.flags}".rstrip() + " --seed"
-    print(command, seed, flush=True)
-    facts = {"command": f"{command} N", "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
-    start = time.time()
-    argv = [sys.executable, *shlex.split(command)[1:], str(seed)]
-    process = subprocess.run(argv, capture_output=True, text=True)
-    if process.returncode:
-        sys.stderr.write(process.stderr)
-        raise common.InputError(f"{command} {seed}: exit code {process.returncode}, for the reason above")
-    facts |= {"seconds": time.time() - start, "torch": torch.__version__}
-    facts["machine"] = machine(on_gpu=" x cuda" in process.stdout)
-    print(process.stdout.splitlines()[-1], flush=True)
-    (find_run(script, seed, args.output_dir) / "benchmark.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def find_run(script, seed, output_dir):
-    """The newest finished run directory, SCRIPT__MODEL__DATASET__SEED__TIME-PID, of a script and seed."""
-    runs = [path.parent for path in Path(output_dir).glob(f"{script}__*/summary.json")]
-    runs = [run for run in runs if run.name.split("__")[-2] == str(seed)]
-    common.require(runs, "--output-dir", f"a finished run of {script} with seed {seed} in {output_dir}", None)
-    return max(runs, key=lambda run: run.name.split("__")[-1])
-
-
-def read_run(run_dir):
-    """What a run left behind.
-
-    Returns:
-        A dictionary of arrays: `episodes` and `seconds` of training at each evaluation, `score` and `exact` there (E,);
-        `tokens_per_second` (I,); `kl`, nats per response, mean over the last tenth of the iterations. With
-        a reward other than match and exact, `exact` is [None]; without a KL penalty `kl` is None. And `facts`, what
-        `train` noted; empty for a run that was started by hand.
-    """
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # 0 keeps every step
-    values = {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in events.Tags()["scalars"]}
-    episodes = np.array([event.step for event in events.Scalars("eval/score")])
-    iterations = [event.step for event in events.Scalars("time/iteration_seconds")]
-    seconds = np.concatenate([[0.0], values["time/iteration_seconds"].cumsum()])  # (I + 1,)
-    facts = run_dir / "benchmark.json"
-    kl = values.get("objective/kl_ref")  # (I,)
-    return {
-        "episodes": episodes,
-        "seconds": seconds[np.searchsorted(iterations, episodes, side="right")],
-        "score": values["eval/score"],
-        "exact": values.get("eval/exact", [None]),
-        "kl": None if kl is None else kl[-max(1, len(kl) // 10) :].mean(),
-        "tokens_per_second": values["time/tokens_per_second"],
-        "facts": json.loads(facts.read_text()) if facts.exists() else {},
-    }
+def read_run(path):
+    """What a run logged: `episodes`, `elapsed` seconds, `score` and `exact` at its E evaluations, and more."""
+    run = json.loads(path.read_text())
+    metrics = {name: np.array([[int(x), y] for x, y in run["metrics"][name].items()]).T for name in run["metrics"]}
+    iterations, seconds = metrics["time/iteration_seconds"]  # (I,), (I,)
+    episodes, score = metrics["eval/score"]  # (E,), (E,)
+    elapsed = np.concatenate([[0.0], seconds.cumsum()])[np.searchsorted(iterations, episodes, side="right")]  # (E,)
+    exact = metrics.get("eval/exact", [score * np.nan])[-1]  # (E,)
+    kl = metrics.get("objective/kl_ref", np.full((2, 1), np.nan))[1]  # (I,)
+    kl, speed = kl[-max(1, len(kl) // 10) :].mean(), metrics["time/tokens_per_second"][1]
+    return run | dict(episodes=episodes, elapsed=elapsed, score=score, exact=exact, kl=kl, speed=speed)
 
 
 def draw(runs, path, metric):
-    """Mean (line) and range (shade) over seeds, against episodes and against seconds.
-
-    Args:
-        runs: script -> S runs. An evaluation stands at the mean of its S times. metric: "exact" or "score".
-    """
+    """Mean (line) and range (shade) of the runs {script: S runs}, against episodes and against seconds."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, unit in zip(axes, ("episodes", "seconds")):
+    for axis, unit, label in zip(axes, ("episodes", "elapsed"), ("episodes (responses)", "seconds of training")):
         for script, group in runs.items():
-            x = np.mean([run[unit] for run in group], axis=0)  # (E,)
+            x = np.mean([run[unit] for run in group], axis=0)  # (E,), an evaluation stands at the mean of its S times
             y = np.stack([run[metric] for run in group])  # (S, E)
             axis.plot(x, y.mean(0), color=COLORS[script], linewidth=1.5, label=f"{script}.py")
             axis.fill_between(x, y.min(0), y.max(0), color=COLORS[script], alpha=0.2, linewidth=0)
-        axis.set_xlabel("seconds of training" if unit == "seconds" else "episodes (responses)")
-        axis.set_xlim(left=0)
+        axis.set(xlabel=label, xlim=(0, None))
         axis.grid(alpha=0.3)
-    if metric == "exact":
-        axes[0].set_ylim(0, 1.02)
-    axes[0].set_ylabel(("exact match" if metric == "exact" else "score") + " on held-out prompts")
+    axes[0].set_ylabel(f"{metric.replace('exact', 'exact match')} on held-out prompts")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
-def at_goal(group, unit):
-    """Median over S runs of the episodes or seconds at the first evaluation that reaches GOAL, as text."""
-    if any(run["exact"][-1] is None for run in group):
-        return "-"
-    times = [min(run[unit][run["exact"] >= GOAL], default=np.inf) for run in group]
-    reached = int(np.isfinite(times).sum())
-    text = f"{np.median(times):,.0f}" if np.isfinite(np.median(times)) else "not reached"
-    return text if reached in (0, len(group)) else f"{text} ({reached} of {len(group)} seeds reached it)"
-
-
-def markdown(rows):
-    """Dictionaries with the same keys as a Markdown table."""
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def each(pattern, values):
-    """One text for several values; None stands for what a run does not have."""
-    return ", ".join("-" if value is None else pattern.format(value) for value in values)
-
-
-def report(runs, seeds):
-    """Two Markdown tables: the results, and how they were measured. `runs` as in `draw`; `seeds`: S integers."""
-    results, methods, goal = [], [], f"{GOAL:.0%}".replace("%", " %")
-    for script, group in runs.items():
-        speeds = np.concatenate([run["tokens_per_second"] for run in group])  # (S * I,)
-        results.append(
-            {
-                "script": f"`{script}.py`",
-                "seeds": each("{}", seeds),
-                "exact match": each("{:.1%}", [run["exact"][-1] for run in group]).replace("%", " %"),
-                "score": each("{:.3f}", [run["score"][-1] for run in group]),
-                "KL to the reference": each("{:.2f}", [run["kl"] for run in group]),
-                f"episodes to {goal}": at_goal(group, "episodes"),
-                f"seconds to {goal}": at_goal(group, "seconds"),
-                "tokens/s": f"{np.median(speeds):,.0f}",
-                "seconds, whole command": each("{:.0f}", [run["facts"].get("seconds") for run in group]),
-            }
-        )
-        methods.append({"script": f"`{script}.py`"})
-        for name in ("command", "commit", "machine", "torch", "date"):
-            found = dict.fromkeys(run["facts"].get(name, "not noted") for run in group)  # each once
-            methods[-1][name] = each("`{}`" if name == "command" else "{}", found)
-    spacing = {script: f"{np.diff(group[0]['episodes']).max():,}" for script, group in runs.items()}
-    return f"""{markdown(results)}
-
-Exact match and score: greedy responses to the held-out prompts after the last update, one figure for each seed. KL:
-nats per response, mean over the last tenth of the batches. Episodes and seconds to {goal}: at the first evaluation that
-finds so many exact matches, median over seeds; there is one every {", ".join(dict.fromkeys(spacing.values()))}
-episodes. These seconds are of training alone, the whole command also starts and evaluates. Tokens/s: response tokens,
-median over iterations.
-
-How it was measured; N stands for the seed:
-
-{markdown(methods)}
-"""
+def row(script, group):
+    """A row of the table, of the S runs of a script."""
+    cells = [f"`{script}.py`", ", ".join(f"{100 * run['exact'][-1]:.1f}" for run in group)]
+    cells += [", ".join(f"{run['score'][-1]:.3f}" for run in group), ", ".join(f"{run['kl']:.1f}" for run in group)]
+    for unit in ("episodes", "elapsed"):
+        reached = np.median([min(run[unit][run["exact"] >= 0.9], default=np.inf) for run in group])
+        cells.append(f"{reached:,.0f}".replace("inf", "not reached"))
+    cells.append(f"{np.median(np.concatenate([run['speed'] for run in group])):,.0f}")
+    cells.append(", ".join(f"{run['seconds']:.0f}" for run in group))
+    return f"| {' | '.join(cells)} |".replace("nan", "-")
 
 
 def main(args):
-    os.chdir(ROOT)
-    common.require(not (args.reuse and args.flags), "--flags", "none with --reuse, which trains nothing", args.flags)
-    runs = {}
+    os.chdir(one_tree.ROOT)
+    folder, runs, rows = Path("runs", args.name), {}, [f"| {HEADER} |", "|" + " --- |" * 8]
+    folder.mkdir(parents=True, exist_ok=True)
     for script in args.scripts:
-        if not args.reuse:
-            for seed in args.seeds:
-                train(script, seed, args)
-        runs[script] = [read_run(find_run(script, seed, args.output_dir)) for seed in args.seeds]
-        found = {tuple(run["episodes"].tolist()) for run in runs[script]}
-        common.require(len(found) == 1, "--reuse", f"runs of {script} with evaluations at the same episodes", found)
-    has_exact = all(run["exact"][-1] is not None for group in runs.values() for run in group)
-    Path("docs").mkdir(exist_ok=True)
-    draw(runs, f"docs/{args.name}.png", args.metric if has_exact else "score")
-    Path(f"docs/{args.name}.md").write_text(report(runs, args.seeds), encoding="utf-8")
-    print(f"\n{report(runs, args.seeds)}\nwrote docs/{args.name}.png and docs/{args.name}.md")
+        paths = {seed: folder / f"{script}_{seed}.json" for seed in args.seeds}
+        for seed, path in paths.items() if not args.reuse else []:
+            train(script, seed, args, path)
+        runs[script] = [read_run(path) for path in paths.values()]
+        rows.append(row(script, runs[script]))
+        print(rows[-1], flush=True)
+    draw(runs, f"docs/{args.name}.png", args.metric)
+    notes = dict.fromkeys(run["notes"] for group in runs.values() for run in group)  # each once
+    Path(f"docs/{args.name}.md").write_text("\n".join([*rows, "", ABOUT, "", *notes, ""]))
 
 
 if __name__ == "__main__":
-    with common.one_line_errors():
-        main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__))
