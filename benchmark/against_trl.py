@@ -1,19 +1,16 @@
-"""reinforce_lm.py beside TRL's RLOOTrainer and GRPOTrainer: scores by responses and seconds, speed, and memory.
+"""reinforce_lm.py beside TRL's RLOOTrainer and GRPOTrainer: scores, seconds per update, and memory.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/against_trl.py --model DIR --dataset FILE --reward FILE.py:function
-    python benchmark/against_trl.py --batch-size 256 --micro-batch-size 256 --response-length 6 --learning-rates 2e-3
+    python benchmark/against_trl.py --model DIR --dataset FILE --reward FILE.py:function --learning-rate 5e-5
 
-The second takes the task `sort` and a model of random weights. All have the same model, prompts, reward, batches and
-weight of the KL, and run on the CPU in turn, A B C A B C, each in a process of its own: with every learning rate and
-the first seed, then with the rate of the best last score and the other seeds. With `--lora-ranks 0 8` all weights come
-first, then adapters at ten times the rates. Scores are means of the sampled responses in each quarter of a run, given
-with the responses and seconds at its end; with more prompts than updates need, none was seen before. A row is printed
-when its run ends; its ratio is that of CPU seconds per update to those of the last run of reinforce_lm.py.
+All have the same model, prompts, reward, batches and weight of the KL, and run on the CPU in processes of their own, in
+turn, A B C A B C, once for each seed. Scores are means of the sampled responses in each quarter of the updates; seconds
+are medians of the updates, from end to end. Adapters, with `--lora-ranks 0 8`, learn at ten times the rate.
 """
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import itertools
 import multiprocessing
@@ -32,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import reinforce_lm
 
-import one_tree
+import throughput
 import tyro
 from transformers import TrainerCallback
 
@@ -43,11 +40,11 @@ class Args:
     dataset: str = "sort"  # prompts, as in the scripts
     reward: str = "match"  # as in the scripts
     dtype: str = "float32"  # precision of passes, float32 or bfloat16
-    contestants: tuple[str, ...] = ("reinforce_lm.py", "RLOO", "GRPO")  # what to train, in this order
+    contestants: tuple[str, ...] = ("reinforce_lm.py", "RLOO", "GRPO")  # what to train
     lora_ranks: tuple[int, ...] = (0,)  # ranks of adapters; 0 trains all weights
-    learning_rates: tuple[float, ...] = (2e-5, 5e-5)  # to try, for all weights
+    learning_rate: float = 2e-5  # for all weights; falls to 0
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds
-    updates: int = 20  # updates of a run; the learning rate falls to 0 over them
+    updates: int = 20  # updates of a run
     batch_size: int = 32  # responses per update, 4 to a prompt
     response_length: int = 24  # longest response, in tokens
     kl_ref_coef: float = 0.05  # weight of the KL penalty to the reference
@@ -58,14 +55,13 @@ class Clock(TrainerCallback):
     """The times at which training began and at which each update of a trainer ended."""
 
     def on_train_begin(self, *_, **__):
-        self.times = [(time.perf_counter(), time.process_time())]
+        self.times = [*getattr(self, "times", []), (time.perf_counter(), time.process_time())]
 
-    def on_step_end(self, *_, **__):
-        self.times.append((time.perf_counter(), time.process_time()))
+    on_step_end = on_train_begin
 
 
 def train_trl(name, flags, args):
-    """Train with a trainer of TRL, "RLOO" or "GRPO", in this process; returns what `train` does."""
+    """Train with a trainer of TRL, "RLOO" or "GRPO", in this process."""
     warnings.simplefilter("ignore", FutureWarning)  # about names in the trainers' own code
     import trl
     from datasets import Dataset
@@ -102,42 +98,33 @@ def train_trl(name, flags, args):
         trainer.train()
     seconds, cpu_seconds = zip(*[(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock.times)])
     scores = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    return SimpleNamespace(seconds=seconds, cpu_seconds=cpu_seconds, scores=scores, gib=one_tree.peak_gib("cpu"))
+    return SimpleNamespace(seconds=seconds, cpu_seconds=cpu_seconds, scores=scores, gib=throughput.peak_gib("cpu"))
 
 
-def train(name, args, **flags):
-    """Train in a process of its own: `seconds`, `cpu_seconds` and `scores` of each update; `gib`, peak memory."""
-    shared = "model dataset reward dtype response_length kl_ref_coef batch_size"
-    flags |= {flag: getattr(args, flag) for flag in shared.split()} | dict(device="cpu", eval_every=0, eval_size=8)
+def train(name, lora_rank, seeds, args):
+    """Train in a process of its own, with the next seed: {column of a table: figure}."""
+    flags = {flag: getattr(args, flag) for flag in "model dataset reward dtype kl_ref_coef batch_size".split()}
+    flags |= dict(response_length=args.response_length, device="cpu", eval_every=0, eval_size=8, seed=next(seeds))
+    flags |= dict(lora_rank=lora_rank, learning_rate=args.learning_rate * (10 if lora_rank else 1))
     if name.endswith(".py"):
-        run = one_tree.run_script(name, total_episodes=args.updates * args.batch_size, **flags)
-        run.scores = list(run.metrics["objective/score"].values())
-        return run
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as executor:
-        return executor.submit(train_trl, name, flags, args).result()
+        run = throughput.run_script(name, total_episodes=args.updates * args.batch_size, **flags)
+        run.scores = [*run.metrics["objective/score"].values()]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as executor:
+            run = executor.submit(train_trl, name, flags, args).result()
+    quarters = [run.scores[i * args.updates // 4 : (i + 1) * args.updates // 4] for i in range(4)]
+    figures = {"CPU s": median(run.cpu_seconds), "s": median(run.seconds), "s in all": sum(run.seconds)}
+    figures |= {f"score, quarter {i}": mean(scores) for i, scores in enumerate(quarters, 1)}
+    return figures | {"peak GiB": run.gib}
 
 
 def main(args):
-    print(f"TRL {version('trl')}, {args.dtype}, medians of {args.updates} updates of {args.batch_size} responses\n")
-    header = (
-        "| | adapters | learning rate | seed | responses (seconds): score | s per update | CPU s | ratio | peak GiB |"
-    )
-    print(header, "|" + " --- |" * 9, sep="\n", flush=True)
-    for lora_rank in args.lora_ranks:
-        best, first = {}, None
-        for seed, name in itertools.product(args.seeds, args.contestants):
-            rates, last = [rate * (10 if lora_rank else 1) for rate in args.learning_rates], {}
-            for rate in [best[name]] if name in best else rates:
-                run, points = train(name, args, learning_rate=rate, seed=seed, lora_rank=lora_rank), []
-                for end in range(args.updates // 4, args.updates + 1, args.updates // 4):
-                    last[rate] = mean(run.scores[end - args.updates // 4 : end])
-                    points.append(f"{end * args.batch_size} ({sum(run.seconds[:end]):.0f}): {last[rate]:.3f}")
-                wall, cpu = median(run.seconds), median(run.cpu_seconds)
-                first = cpu if name == args.contestants[0] else first
-                settings = f"{name} | {lora_rank or 'none'} | {rate:g} | {seed} | {', '.join(points)}"
-                print(f"| {settings} | {wall:.2f} | {cpu:.2f} | {cpu / first:.2f} | {run.gib:.2f} |", flush=True)
-            best[name] = max(last, key=last.get)
+    calls = {}
+    for lora_rank, name in itertools.product(args.lora_ranks, args.contestants):
+        title = f"{name}, rank {lora_rank}" if lora_rank else name
+        calls[title] = functools.partial(train, name, lora_rank, itertools.cycle(args.seeds), args)
+    throughput.compare(f"TRL {version('trl')}, {args}", calls, len(args.seeds))
 
 
 if __name__ == "__main__":

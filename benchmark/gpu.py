@@ -1,16 +1,15 @@
 """What one GPU does, in at most twelve minutes: a Qwen2 in the shape of Qwen2.5 0.5B, with random weights, in bfloat16.
 
-    python benchmark/gpu.py --baseline-tree ../older             # all parts, or some: --parts card,steps
+    python benchmark/gpu.py --baseline-tree ../older             # all parts, or some: --parts card steps
     python benchmark/gpu.py --baseline-tree ../older --small     # a tiny shape, on a CPU too, to try the code
 
 Rows are printed when they are measured, so that a time limit loses only what comes after it. The baseline is another
 tree of this project, commit fad5699 or later. A ratio is that of the first figure to the first row's. Parts:
 
-- card: a matrix product, and a copy (read and written), as this card does them.
+- card: a copy, read and written, and a matrix product, as this card does them.
 - correctness: gradients and Fisher products against float32 on the CPU; greedy tokens with and without a CUDA graph.
-- steps: one more token of each row: the pass of the model, as a CUDA graph, and the sampling from its logits. As they
-  are in `common.rollout`; with one attention mask for all layers; with the layers compiled, and an attention function
-  of their own; and with the sampling compiled into one function.
+- steps: one more token of each row: the pass of the model, as a CUDA graph, and the sampling from its logits, as in
+  `common.rollout`; then with one attention mask for all layers, with layers compiled, with the sampling compiled.
 - rollout: responses of a fixed length, and ragged ones, of which one token in a hundred is the last.
 - update: forward and backward passes over ragged responses, from an eighth of the length to all of it.
 - scripts: a whole iteration of each script on prompts of `sort`, alone on the card.
@@ -32,19 +31,19 @@ import common
 import reinforce_lm
 import trpo_lm
 
-import one_tree
+import throughput
 import torch
 import transformers
 import tyro
-from throughput import compare, iteration
-from transformers.cache_utils import Cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHANGES = "pass", "pass, one mask", "pass, one mask, compiled layers", "sampling", "sampling, compiled"
+QWEN2, SMALL = (896, 24, 14, 2, 4864, 151_936), (64, 2, 4, 2, 128, 512)  # for `throughput.random_model`
 
 
 @dataclass
 class Args:
-    parts: str = "card,correctness,steps,rollout,update,scripts"  # what to measure, in this order
+    parts: tuple[str, ...] = ("card", "correctness", "steps", "rollout", "update", "scripts")  # what to measure
     baseline_tree: str = ""  # folder of another tree, to compare rollouts and updates with
     small: bool = False  # a tiny shape
 
@@ -52,7 +51,7 @@ class Args:
 def load(folder, device=DEVICE, **flags):
     """A policy as the scripts load it, and their flags."""
     args = reinforce_lm.Args(model=folder, **flags)
-    return common.load_policy(args, None, [{"input_ids": [0] * 64}]).to(device), args
+    return common.load_policy(args, None, [{"input_ids": [0]}]).to(device), args
 
 
 # ===== card, correctness =====
@@ -60,22 +59,20 @@ def product_rate(dtype=torch.bfloat16):
     """Operations per second of a matrix product, of float32 in TF32."""
     size = 8192 if DEVICE == "cuda" else 256
     a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype)
-    return 2 * size**3 / one_tree.timed(lambda: a @ b, DEVICE, 10)[0]
+    return 2 * size**3 / throughput.timed(lambda: a @ b, DEVICE, 10)[0]
 
 
 def part_card(args, sizes, folder):
-    numbers = torch.empty(2**29 if DEVICE == "cuda" else 2**22, device=DEVICE)  # 2 GiB
-    copied = torch.empty_like(numbers)
-    seconds, *_ = one_tree.timed(lambda: copied.copy_(numbers), DEVICE, 10)
-    rates = {"bfloat16, TFLOP/s": product_rate() / 1e12, "TF32, TFLOP/s": product_rate(torch.float32) / 1e12}
-    compare("card", {"": lambda: rates | {"copy, TB/s": 2 * numbers.nbytes / seconds / 1e12}})
+    numbers, copied = torch.empty(2, 2**29 if DEVICE == "cuda" else 2**22, device=DEVICE)  # 2 GiB each
+    rates = {"copy, TB/s": 2 * numbers.nbytes / throughput.timed(lambda: copied.copy_(numbers), DEVICE, 10)[0] / 1e12}
+    rates |= {"bfloat16, TFLOP/s": product_rate() / 1e12, "TF32, TFLOP/s": product_rate(torch.float32) / 1e12}
+    throughput.compare("card", {"": lambda: rates})
 
 
 def part_correctness(args, sizes, folder):
-    shape = (64, 2, 4, 2, 128, 512) if args.small else (192, 6, 6, 3, 512, 2048)
-    folder = one_tree.random_model(f"{folder}/correctness", shape)
-    case = one_tree.CASE | dict(responses=32, response_length=32, prompt_length=32)
-    _, batch = one_tree.random_batch(SimpleNamespace(**case), shape[-1])  # on the CPU
+    folder = throughput.random_model(f"{folder}/correctness", *SMALL)
+    case = throughput.CASE | dict(responses=32, response_length=32, prompt_length=32)
+    _, batch = throughput.random_batch(SimpleNamespace(**case), SMALL[-1])  # on the CPU
 
     def gradients(device, dtype):
         """The gradient of the mean log-probability, and, in float32 as in TRPO, a Fisher product of it."""
@@ -96,8 +93,9 @@ def part_correctness(args, sizes, folder):
         equal = (results[0] == results[1]).cumprod(1).float().mean().item()
         return dict(zip(("error of the gradient", "of a Fisher product"), relative)) | {"equal tokens": equal}
 
-    calls = {"float32 (TF32)": functools.partial(errors, "float32"), "bfloat16": functools.partial(errors, "bfloat16")}
-    compare("correctness", calls)
+    throughput.compare(
+        "correctness, float32 with TF32", {dtype: functools.partial(errors, dtype) for dtype in ("float32", "bfloat16")}
+    )
 
 
 # ===== steps =====
@@ -123,10 +121,9 @@ class OneColumn:
 def token_pass(folder, rows, sizes, change):
     """Run prompts, and return the pass of one token of each row after them: a function () -> logits (b, V)."""
     policy, _ = load(folder)
-    torch.manual_seed(1)
     length, size = sizes["prompt_length"], sizes["prompt_length"] + sizes["response_length"]
-    prompts = torch.randint(1, policy.config.vocab_size, (rows // 8, length), device=DEVICE)
-    cache = Cache([common.FixedLayer(size) for _ in policy.model.layers])
+    prompts = torch.arange(rows // 8 * length, device=DEVICE).view(-1, length) % policy.config.vocab_size
+    cache = transformers.Cache([common.FixedLayer(size) for _ in policy.model.layers])
     mask = torch.ones(rows, size, dtype=torch.long, device=DEVICE)  # (b, P+R)
     settings = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     policy(prompts, attention_mask=mask[: len(prompts)], **settings)
@@ -139,7 +136,7 @@ def token_pass(folder, rows, sizes, change):
     if change == "pass, one mask, compiled layers":
         transformers.AttentionInterface.register("one_token", one_token_attention)
         policy.set_attn_implementation("one_token")
-        one_tree.compile_layers(policy, dynamic=False)
+        throughput.compile_layers(policy, dynamic=False)
         settings = dict(use_cache=False, logits_to_keep=1)
         for layer, kept in zip(policy.model.layers, cache.layers):
             for part in (*layer.self_attn.children(), *layer.mlp.children()):
@@ -170,7 +167,7 @@ def sampled(logits, noise):
 @torch.no_grad()
 def step(folder, rows, sizes, change, kept):
     """Figures of a pass, or of sampling from the logits of the first pass, `kept`."""
-    one_tree.reset_peak(DEVICE)
+    throughput.reset_peak(DEVICE)
     start, repeats = time.perf_counter(), sizes["response_length"] // 4
     with torch.autocast(DEVICE, torch.bfloat16):
         if "pass" in change:
@@ -184,45 +181,34 @@ def step(folder, rows, sizes, change, kept):
                 call = graph.replay
         else:
             function = torch.compile(sampled, dynamic=False) if "compiled" in change else sampled
-            call = lambda: function(kept[0], torch.empty_like(kept[0]).exponential_())  # noqa: E731
+            call = functools.partial(lambda x: function(x, torch.empty_like(x).exponential_()), kept[0])
         call()
         begin = time.perf_counter() - start
-        seconds, *_ = one_tree.timed(lambda: [call() for _ in range(repeats)], DEVICE)
+        ms = 1e3 * throughput.timed(lambda: [call() for _ in range(repeats)], DEVICE)[0] / repeats
         with torch.profiler.profile() as profiler:
-            one_tree.timed(call, DEVICE)  # twice
-    kind, ms = getattr(torch.autograd.DeviceType, DEVICE.upper()), 1e3 * seconds / repeats
+            throughput.timed(call, DEVICE)  # twice
+    kind = getattr(torch.autograd.DeviceType, DEVICE.upper())
     kernels = sum(event.count for event in profiler.key_averages() if event.device_type == kind) / 2
     figures = {"ms": ms, "kernels": kernels, "us per kernel": 1e3 * ms / kernels, "s to begin": begin}
-    return figures | {
-        "peak GiB": one_tree.peak_gib(DEVICE),
-        "logits differ by": (kept[-1] - kept[0]).abs().max().item(),
-    }
+    figures["peak GiB"] = throughput.peak_gib(DEVICE)
+    return figures | {"logits differ by": (kept[-1] - kept[0]).abs().max().item()}
 
 
 def part_steps(args, sizes, folder):
-    changes = "pass", "pass, one mask", "pass, one mask, compiled layers", "sampling", "sampling, compiled"
     for rows in (sizes["responses"], 8 * sizes["responses"]):
         kept = []
-        calls = {change: functools.partial(step, folder, rows, sizes, change, kept) for change in changes}
-        compare(f"steps: {rows:,} rows", calls)
+        calls = {change: functools.partial(step, folder, rows, sizes, change, kept) for change in CHANGES}
+        throughput.compare(f"steps: {rows:,} rows", calls)
 
 
 # ===== rollout, update, scripts =====
-def compare_cases(title, args, baseline, ours):
-    """Measure {name: case}, with the baseline in a process of its own, and with this tree in this one."""
-    results = one_tree.run_cases(args.baseline_tree, baseline.values())
-    calls = {f"baseline, {name}": lambda: next(results) for name in baseline if args.baseline_tree}
-    compare(title, calls | {name: functools.partial(one_tree.measure, case) for name, case in ours.items()})
-
-
 def part_rollout(args, sizes, folder):
     many, case = {"responses": 8 * sizes["responses"]}, sizes | dict(what="rollout", model=folder)
-    fixed, ragged = case | {"lengths": "fixed"}, case | {"lengths": "linear"}
-    baseline = {"fixed length": fixed, "ragged": ragged}
-    ours = baseline | {"fixed length, 8 times as many": fixed | many, "ragged, 8 times as many": ragged | many}
-    ours["ragged, 8 times as many, all at once"] = ragged | many | {"flags": {"rollout_tokens": 2**30}}
-    ours["fixed length, `generate`"] = fixed | {"what": "generate"}
-    compare_cases(f"rollout: {sizes['responses']} responses", args, baseline, ours)
+    baseline = {"fixed": case | {"lengths": "fixed"}, "ragged": case | {"lengths": "linear"}}
+    ours = baseline | {f"{name}, 8 times as many": case | many for name, case in baseline.items()}
+    ours["ragged, 8 times as many, all at once"] = baseline["ragged"] | many | {"flags": {"rollout_tokens": 2**30}}
+    ours["fixed, `generate`"] = baseline["fixed"] | {"what": "generate"}
+    throughput.compare_cases(f"rollout, {case}", ours, baseline, args.baseline_tree, own_process=False)
 
 
 def part_update(args, sizes, folder):
@@ -230,33 +216,30 @@ def part_update(args, sizes, folder):
     baseline = {f"--micro-batch-size {n}": case | dict(flags=dict(micro_batch_size=n)) for n in (16, 64)}
     ours = {f"--micro-batch-tokens {n}": case | dict(flags=dict(micro_batch_tokens=n)) for n in (4096, 16384, 32768)}
     ours["the second, layers compiled"] = ours["--micro-batch-tokens 16384"] | {"compile": True}
-    compare_cases(f"update: {sizes['responses']} responses", args, baseline, ours)
+    throughput.compare_cases(f"update, {case}", ours, baseline, args.baseline_tree, own_process=False)
 
 
 def part_scripts(args, sizes, folder):
     flags = {name: sizes[name] for name in ("device", "dtype", "response_length")} | dict(model=folder, eval_size=8)
     flags |= dict(batch_size=sizes["responses"], total_episodes=3 * sizes["responses"], samples_per_prompt=8)
-    run = functools.partial(iteration, one_tree.ROOT, skip=1, **flags)
+    run = functools.partial(throughput.iteration, throughput.ROOT, skip=1, **flags)
     scripts = "ppo_lm.py", "trpo_lm.py", "reinforce_lm.py"
-    compare("scripts", {script: functools.partial(run, script) for script in scripts})
+    throughput.compare(f"scripts, {flags}", {script: functools.partial(run, script) for script in scripts})
 
 
 def main(args):
     common.require(args.small or DEVICE == "cuda", "--small", "a GPU, or --small", "none")
     common.start_ranks(reinforce_lm.Args())  # as the scripts do: without cuDNN's attention, with TF32
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    print(
-        f"{card}, Python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-    shape = (64, 2, 4, 2, 128, 512) if args.small else (896, 24, 14, 2, 4864, 151_936)
+    print(f"{card}, torch {torch.__version__}, transformers {transformers.__version__}")
     sizes = dict(responses=256, prompt_length=64, response_length=256, device=DEVICE, dtype="bfloat16", repeats=2)
     sizes |= dict(responses=32, prompt_length=8, response_length=16) if args.small else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        one_tree.random_model(scratch, shape, DEVICE, eos_token_id=[0, *range(100, shape[-1], 100)])
-        for part in args.parts.split(","):
+    with tempfile.TemporaryDirectory() as folder:
+        throughput.random_model(folder, *(SMALL if args.small else QWEN2))
+        for part in ",".join(args.parts).split(","):  # with or without commas
             start = time.perf_counter()
-            globals()[f"part_{part}"](args, sizes, scratch)
-            one_tree.reset_peak(DEVICE)  # frees memory for other processes
+            globals()[f"part_{part}"](args, sizes, folder)
+            throughput.reset_peak(DEVICE)  # frees memory for other processes
             print(f"\n({part}: {time.perf_counter() - start:.0f} s)", flush=True)
 
 

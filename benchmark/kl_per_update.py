@@ -1,14 +1,13 @@
 """KL per update: how far each update moves the policy, at the defaults and at ten times the learning rate or delta.
 
-    pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/kl_per_update.py                         # task `sort`, 18 runs: a quarter of an hour on two cores
 
 The scripts log different KLs: TRPO the exact one to the old policy, PPO an estimate from the samples, REINFORCE none.
 Here all three are measured alike: the exact KL from the old policy to the new one, mean over the tokens of the batch
-that the update learned from. A row is printed when its runs, one per seed, have ended; then docs/kl_per_update.png is
-drawn: medians over seeds and their range, smoothed over nine updates.
+that the update learned from. Then docs/kl_per_update.png is drawn, medians over nine updates and over seeds.
 """
 
+import functools
 import importlib
 import itertools
 import json
@@ -16,7 +15,7 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-import one_tree
+import throughput
 import torch
 import tyro
 from learning_curves import COLORS
@@ -28,7 +27,7 @@ STEP_SIZES = {"reinforce_lm": "learning_rate", "ppo_lm": "learning_rate", "trpo_
 @dataclass
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds to train each script with
-    factors: tuple[float, ...] = (1, 10)  # what to multiply the default learning rate (TRPO: --max-kl) with
+    factors: tuple[float, ...] = (1, 10)  # of the default learning rate (TRPO: --max-kl)
     total_episodes: int = 51_200  # episodes of each run
 
 
@@ -51,33 +50,30 @@ def install():
         return results
 
     common.sample = measuring_sample
-    one_tree.install()
+    throughput.install()
 
 
 def main(args):
-    sys.path.insert(0, str(one_tree.ROOT))
+    sys.path.insert(0, str(throughput.ROOT))
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(args.factors), sharey=True))
     print("| | times | median KL | 99 % of updates below | largest | exact match after |", "|" + " --- |" * 6, sep="\n")
-    for axis, factor in zip(axes, args.factors):
-        for script, name in STEP_SIZES.items():
-            size = importlib.import_module(script).TINY[name]
-            flags = {name: factor * size} | dict(total_episodes=args.total_episodes, eval_every=0, device="cpu")
-            settings = dict(module="kl_per_update", **flags)
-            runs = [one_tree.run_script(f"{script}.py", seed=seed, **settings).metrics for seed in args.seeds]
-            kl = np.array([[*run["kl"].values()] for run in runs])  # (S, I - 1)
-            ends = ", ".join(f"{100 * list(run['eval/exact'].values())[-1]:.1f}" for run in runs)
-            figures = f"{np.median(kl):.4f} | {np.quantile(kl, 0.99):.3f} | {kl.max():.3f} | {ends} %"
-            print(f"| `{script}.py` | {factor:g} | {figures} |", flush=True)
-            windows = np.lib.stride_tricks.sliding_window_view(kl, min(9, kl.shape[1]), axis=1)
-            y, x = np.median(windows, axis=-1), np.arange(windows.shape[1]) + windows.shape[-1] // 2 + 1
-            axis.plot(x, np.median(y, axis=0), color=COLORS[script], linewidth=1.2, label=f"{script}.py")
-            axis.fill_between(x, y.min(0), y.max(0), color=COLORS[script], alpha=0.2, linewidth=0)
+    for (axis, factor), (script, name) in itertools.product(zip(axes, args.factors), STEP_SIZES.items()):
+        flags = {name: factor * importlib.import_module(script).TINY[name]} | dict(eval_every=0, device="cpu")
+        run = functools.partial(throughput.run_script, f"{script}.py", module="kl_per_update", **flags)
+        metrics = [run(seed=seed, total_episodes=args.total_episodes).metrics for seed in args.seeds]
+        kl = np.array([[*run["kl"].values()] for run in metrics])  # (S, I - 1)
+        figures = f"{np.median(kl):.4f} | {np.quantile(kl, 0.99):.3f} | {kl.max():.3f}"
+        exact = ", ".join(f"{100 * [*run['eval/exact'].values()][-1]:.1f}" for run in metrics)
+        print(f"| `{script}.py` | {factor:g} | {figures} | {exact} % |", flush=True)
+        windows = np.lib.stride_tricks.sliding_window_view(kl, min(9, kl.shape[1]), axis=1)
+        y, x = np.median(windows, axis=-1), np.arange(windows.shape[1]) + windows.shape[-1] // 2 + 1
+        axis.plot(x, np.median(y, axis=0), color=COLORS[script], linewidth=1.2, label=f"{script}.py")
+        axis.fill_between(x, y.min(0), y.max(0), color=COLORS[script], alpha=0.2, linewidth=0)
         axis.set(title=f"{factor:g} times the default", xlabel="update", yscale="log", xlim=(0, None))
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("exact KL per update, nats per token")
     axes[0].legend(frameon=False)
-    figure.savefig(one_tree.ROOT / "docs" / "kl_per_update.png", dpi=110)
+    figure.savefig(throughput.ROOT / "docs" / "kl_per_update.png", dpi=110)
 
 
 if __name__ == "__main__":

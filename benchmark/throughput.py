@@ -1,147 +1,342 @@
-"""How fast rollouts, updates and scripts are on a CPU, beside transformers and an older tree of this project.
+"""How fast rollouts, updates and scripts are, beside transformers and an older tree of this project.
 
-    pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/throughput.py                                        # with models of random weights
-    git worktree add ../older COMMIT                                      # fad5699 or later
-    python benchmark/throughput.py --parts update --baseline-tree ../older --model DIR
+    git worktree add ../older fad5699
+    python benchmark/throughput.py --baseline-tree ../older --model DIR
 
-Everything is measured in a process of its own. What is compared runs in turn, A B C A B C ..., `--rounds` times, so
-that a machine whose speed drifts slows all of it down. A figure is the median of the rounds, with their range in
-parentheses; a ratio is the median of the rounds' ratios of the first figure to that of the first row. CPU seconds are
-those of all threads, and depend less than seconds on what else the machine does. Parts:
-
-- rollout: `common.sample`, and `generate` of transformers, at a fixed length.
-- update: forward and backward passes of the policy over a batch; a third of the response columns is real.
-- scripts: an update of each script on the task `sort` with the default flags, from end to end.
+All is measured in processes of its own, in turn, A B A B ..., `--rounds` times. A figure is the median of the rounds,
+with their range; a ratio is the median of their ratios of the first figure to the first row's. CPU seconds, of all
+threads, depend less than seconds on what else the machine does. Parts: `rollout`, common.sample and transformers'
+`generate` at a fixed length; `update`, forward and backward passes over 64 responses, a third of whose columns is real;
+`scripts`, an iteration of each script on `sort`. Without --model weights are random.
 """
 
+import atexit
 import functools
+import gc
+import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from types import SimpleNamespace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models and data are files
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import common
-import reinforce_lm
-
-import one_tree
 import torch
 import tyro
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the processes that are started, as in common.py
+ROOT = Path(__file__).resolve().parent.parent
+# What can be measured: "update", "rollout" or "generate", of a model in a folder, in a precision and on a device.
+CASE = dict(what="update", model="", dtype="float32", device="cpu", repeats=1)
+# Tokens, all random, of the longest. The shortest prompt has a quarter. Responses are "exponential", a third of the
+# columns is real; "linear", from an eighth to all; or "fixed", and so are prompts. samples: responses to a prompt.
+CASE |= dict(responses=64, samples=8, prompt_length=16, response_length=64, lengths="exponential")
+# Flags of the script, or of the GenerationConfig; whether layers are compiled; operations per second of a product.
+CASE |= dict(flags={}, compile=False, rate=0.0)
 
 
 @dataclass
 class Args:
-    parts: tuple[Literal["rollout", "update", "scripts"], ...] = ("rollout", "update", "scripts")  # what to measure
-    baseline_tree: str = ""  # folder of another tree of this project, to compare with
-    model: str = ""  # rollout, update: folder of a model, in place of random weights
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # update: precisions
-    prompt_length: int = 16  # update: tokens of the longest of 8 prompts
-    response_length: int = 64  # update: tokens of the longest of 64 responses
-    micro_batch_tokens: int = reinforce_lm.Args.micro_batch_tokens  # update: of this tree
-    rounds: int = 3  # times that everything is measured, in turn
-    updates: int = 30  # scripts: updates that are timed, after five that are not
+    parts: tuple[str, ...] = ("rollout", "update", "scripts")  # what to measure
+    baseline_tree: str = ""  # folder of another tree, commit fad5699 or later
+    model: str = ""  # rollout, update: folder of a model
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # update: precisions
+    prompt_length: int = 16  # update: tokens of the longest prompt
+    response_length: int = 64  # update: tokens of the longest response
+    micro_batch_tokens: tuple[int, ...] = ()  # update: of this tree, if not the default
+    rounds: int = 3  # times that everything is measured
+    updates: int = 30  # scripts: iterations that are timed, after five that are not
 
 
-def compare(title, calls, rounds=1):
+def run_cases(tree, cases):
+    """Measure cases with the code of `tree`, in one process of its own; yields the results, again and again."""
+    command = [sys.executable, __file__, "case", str(tree), *map(json.dumps, cases)]
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        if process.returncode:
+            raise RuntimeError(f"exit code {process.returncode}")
+
+
+def install(plain=SummaryWriter.add_scalar):
+    """In the process of a script: print what it logs, when, and at its end the peak of memory."""
+
+    def record(writer, name, value, step):
+        print("record", json.dumps([name, float(value), step, time.perf_counter(), time.process_time()]))
+        plain(writer, name, value, step)
+
+    SummaryWriter.add_scalar = record
+    atexit.register(lambda: print("peak", peak_gib("cuda" if torch.cuda.is_initialized() else "cpu")))
+
+
+START = "import runpy, sys; _, folder, module, *sys.argv = sys.argv; sys.path.append(folder)\n"
+START += "__import__(module).install(); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def run_script(script, *more, tree=ROOT, module="throughput", **flags):
+    """Run a script in a process of its own, after `install` of a module of this folder.
+
+    Returns a namespace: `seconds` and `cpu_seconds` of each iteration, from end to end but without evaluations;
+    `metrics`, {name: {episode: value}}; `gib`, peak memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", START, str(ROOT / "benchmark"), module, script]
+        flags = {"output_dir": folder, "save_every": 0} | flags
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        result = subprocess.run([*command, *more], cwd=tree, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{script}: {result.stderr.strip()[-300:]}")
+    metrics, updates, mark = {}, [], None
+    for line in re.findall("^record (.*)", result.stdout, re.M):
+        name, value, episode, *clocks = json.loads(line)
+        metrics.setdefault(name, {})[episode] = value
+        if name == "time/iteration_seconds":
+            updates.append([now - before for now, before in zip(clocks, mark)])
+        if name.startswith(("time/iteration", "eval/")):
+            mark = clocks
+    seconds, cpu_seconds = zip(*updates)
+    gib = float(re.search("^peak (.*)", result.stdout, re.M)[1])
+    return SimpleNamespace(seconds=seconds, cpu_seconds=cpu_seconds, metrics=metrics, gib=gib)
+
+
+def reset_peak(device):
+    """Free what PyTorch holds, and measure the peak of memory anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device):
+    """Peak of memory: what PyTorch allocated on the GPU, or else the resident memory of this process, on Linux."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0"
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+
+
+def timed(call, device, repeats=1, warm_up=None):
+    """Medians of the seconds and CPU seconds of a call; and the seconds of `warm_up`, or a call, before the first."""
+    times = []
+    for function in [warm_up or call] + [call] * repeats:
+        start = time.perf_counter(), time.process_time()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        if len(times) == 1:
+            reset_peak(device)
+    return *map(median, zip(*times[1:])), times[0][0]
+
+
+def random_model(folder, *shape):
+    """Save a Qwen2 with random weights, in which one token in a hundred ends a response, and a tokenizer of digits."""
+    import common
+
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
+    torch.manual_seed(1)
+    config = Qwen2Config(**dict(zip(names.split(), shape)), max_position_embeddings=4096, tie_word_embeddings=True)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(eos_token_id=[*range(0, shape[-1], 100)], pad_token_id=0)
+    for part in (model, common.load_tokenizer("tiny", [{"prompt": "0123456789"}])):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def random_batch(case, vocab_size):
+    """Rows with prompts (N), and a batch: sequences, their mask (B, P+R), and the response mask (B, R)."""
+    generator = torch.Generator().manual_seed(1)
+    starts = torch.randint(case.prompt_length * 3 // 4 + 1, (case.responses // case.samples, 1), generator=generator)
+    prompt_mask = torch.arange(case.prompt_length) >= starts * (case.lengths != "fixed")  # (N, P)
+    share = (torch.randperm(case.responses, generator=generator) + 0.5) / case.responses  # (B,)
+    share = {"fixed": share**0, "linear": 1 / 8 + 7 / 8 * share, "exponential": -0.35 * share.log()}[case.lengths]
+    ends = (case.response_length * share).ceil().clamp(1, case.response_length)  # (B,)
+    masks = prompt_mask, torch.arange(case.response_length) < ends[:, None]  # (N, P), (B, R)
+    ids = [torch.randint(1, vocab_size, mask.shape, generator=generator).where(mask, 0) for mask in masks]
+    rows = [{"input_ids": prompt[mask].tolist()} for prompt, mask in zip(ids[0], prompt_mask)]
+    batch = [torch.cat([p.repeat_interleave(case.samples, 0), r], 1) for p, r in (ids, masks)]
+    return rows, [tensor.to(case.device) for tensor in (*batch, masks[1])]
+
+
+def compile_layers(policy, **settings):
+    """Compile the layers of a policy; what is compiled serves all of them."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or each layer would be compiled, for its number
+    Cache.update = torch.compiler.disable(Cache.update)  # which looks layers up by number
+    for layer in [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        layer.forward = torch.compile(layer.forward, **settings)
+
+
+def measure(case):
+    """Measure a case in this process, with the tree that is first on the path: {column of a table: figure}.
+
+    Tokens are real that are no padding, prompts once each. The norm of the gradient should be that of other trees.
+    """
+    import common
+    import reinforce_lm
+
+    case = SimpleNamespace(**CASE | case)
+    reset_peak(case.device)
+    is_old = hasattr(common, "policy_logprobs")  # commit fad5699 and before
+    flags = dict(model=case.model, dtype=case.dtype, device=case.device, samples_per_prompt=case.samples)
+    flags |= dict(response_length=case.response_length) | (case.flags if case.what != "generate" else {})
+    args = reinforce_lm.Args(**flags)
+    device, ids = common.start_ranks(args.device if is_old else args)[2], [0] * case.prompt_length
+    policy = common.load_policy(args, None, [ids] if is_old else [{"input_ids": ids}]).to(device)
+    rows, batch = random_batch(case, policy.config.vocab_size)
+    end_ids = [-1] if case.lengths == "fixed" else [*range(0, policy.config.vocab_size, 100)]
+    found = SimpleNamespace(tokens=batch[2].sum().item())
+
+    def update(limit=None):
+        found.computed, indices = 0, torch.arange(case.responses, device=device)
+        groups = (indices, batch[2]) if is_old else (indices.view(-1, case.samples), batch[1])
+        for part in common.micro_batches_of(*groups, args)[:limit]:
+            *inputs, mask = [tensor[part] for tensor in batch]
+            module, masks = (common, []) if is_old else (reinforce_lm, [mask])
+            logprobs, _ = module.policy_logprobs(policy, *inputs, *masks, args)
+            (logprobs.where(mask, 0.0).sum() / case.responses).backward()
+        found.norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]).item()
+        policy.zero_grad()
+
+    def rollout():
+        settings = dict(samples_per_prompt=case.samples, generator=torch.Generator(device).manual_seed(1))
+        tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids))  # texts are not measured
+        if is_old:
+            prompts = common.Prompts(rows, [row["input_ids"] for row in rows]).padded(device)
+            responses, mask, _ = common.rollout(policy, *prompts, end_ids, args, **settings)
+            common.decode(tokenizer, responses, mask)
+        else:
+            mask = common.sample(policy, policy, tokenizer, end_ids, args, rows, **settings)[2]
+        found.tokens = mask.sum().item()
+
+    @torch.no_grad()
+    def generate():
+        settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=case.response_length)
+        config = GenerationConfig(**settings, num_return_sequences=case.samples, pad_token_id=0, **case.flags)
+        prompts = torch.tensor([row["input_ids"] for row in rows], device=device)
+        policy.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+
+    def count(embedding, inputs):
+        found.computed += inputs[0].numel()
+
+    call, warm_up = {"update": update, "rollout": rollout, "generate": generate}[case.what], None
+    if case.what == "update":
+        if case.compile:
+            compile_layers(policy, dynamic=True)  # for all widths
+        policy = common.prepare(policy, device, args)
+        policy.get_input_embeddings().register_forward_pre_hook(count)
+        warm_up = (lambda: update(1)) if device.type == "cpu" else None
+    elif is_old or case.what == "generate":  # which sample with rounded weights
+        policy.to(getattr(torch, case.dtype)).generation_config.eos_token_id = None  # nothing ends one of `generate`
+    seconds, cpu_seconds, first = timed(call, device.type, case.repeats, warm_up)
+    times = {"s": seconds, "first call, s": first} if device.type == "cuda" else {"CPU s": cpu_seconds, "s": seconds}
+    figures = times | {"response tokens/s": found.tokens / seconds, "peak GiB": peak_gib(device.type)}
+    if case.what == "update":
+        real = found.tokens + sum(len(row["input_ids"]) for row in rows)
+        figures |= {"real share of tokens": real / found.computed, "norm of the gradient": found.norm}
+    if case.rate:  # an update takes six operations per parameter and token
+        figures["of a product's rate"] = 6 * policy.num_parameters() * real / seconds / case.rate
+    return figures
+
+
+def spread(values):
+    """Median and range."""
+    middle, low, high = each([median(values), min(values), max(values)]).split(", ")
+    return f"{middle} ({low} to {high})" if low != high else middle
+
+
+def each(values):
+    """All values."""
+    return ", ".join(f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in values)
+
+
+def compare(title, calls, rounds=1, cell=spread):
     """Call each of `calls`, {name: function -> {column: figure}}, in turn, `rounds` times, and print a table.
 
     Rows are printed when they are measured for the last time. What fails is a row, too.
     """
     results, first = {name: [] for name in calls}, None
-    for last in [False] * (rounds - 1) + [True]:
-        for name, call in calls.items():
-            try:
-                figures = call()
-                if "error" in figures:
-                    raise RuntimeError(figures["error"])
-            except Exception as error:
-                print(f"| {name} | failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]} |", flush=True)
-                continue
-            results[name].append(figures)
-            if last and not first:
-                first = [next(iter(figures.values())) or float("nan") for figures in results[name]]
-                print(f"\n**{title}**\n\n| | {' | '.join(figures)} | ratio |\n|{' --- |' * (len(figures) + 2)}")
-            if last:
-                columns = [[result[column] for result in results[name]] for column in figures]
-                ratio = median(value / other for value, other in zip(columns[0], first))
-                print(f"| {' | '.join([name, *map(spread, columns), f'{ratio:.2f}'])} |", flush=True)
+    for name, call in [*calls.items()] * rounds:
+        try:
+            results[name].append(call())
+        except Exception as error:
+            print(f"| {name} | failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]} |", flush=True)
+            continue
+        columns = {column: [result[column] for result in results[name]] for column in results[name][0]}
+        key = next(iter(columns.values()))
+        if len(key) == rounds:
+            if not first:
+                first = key
+                print(f"\n{title}\n\n| | {' | '.join(columns)} | ratio |\n|{' --- |' * (len(columns) + 2)}")
+            ratio = median(value / (other or float("nan")) for value, other in zip(key, first))
+            print(f"| {' | '.join([name, *map(cell, columns.values()), f'{ratio:.2f}'])} |", flush=True)
 
 
-def spread(values):
-    """Median and range, or one value."""
-    texts = [f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in (median(values), min(values), max(values))]
-    return f"{texts[0]} ({texts[1]} to {texts[2]})" if len(values) > 1 else texts[0]
-
-
-def in_trees(args, call, name="{}"):
-    """{name: function} that calls `call` with the folder of this tree, or of the baseline, if there is one."""
-    trees = {"this tree": one_tree.ROOT} | ({args.baseline_tree: args.baseline_tree} if args.baseline_tree else {})
-    return {name.format(tree): functools.partial(call, folder) for tree, folder in trees.items()}
-
-
-def part_rollout(args, scratch):
-    case = dict(model=args.model, responses=32, response_length=24)
-    if not args.model:  # that of `sort`
-        flags = reinforce_lm.Args(**reinforce_lm.TINY)
-        tokenizer, rows, _ = common.load_prompts(flags, 1)
-        common.load_policy(flags, tokenizer, rows).save_pretrained(scratch)
-        case = dict(model=scratch, responses=256, prompt_length=5, response_length=6, repeats=20)
-
-    def measure(tree, **more):
-        return next(one_tree.run_cases(tree, [case | dict(what="rollout", lengths="fixed", samples=4) | more]))
-
-    static = dict(cache_implementation="static", disable_compile=True)
-    calls = in_trees(args, measure, "`common.sample`, {}")
-    for name, flags in {"growing": {}, "static": static}.items():
-        calls[f"`generate`, {name} cache"] = functools.partial(measure, one_tree.ROOT, what="generate", flags=flags)
-    size = f"{case['responses']} responses of {case['response_length']} tokens, 4 to a prompt, float32"
-    compare(f"rollout: {args.model or 'tiny'}, {size}", calls, args.rounds)
-
-
-def part_update(args, scratch):
-    model = args.model or one_tree.random_model(f"{scratch}/qwen2", (192, 2, 6, 2, 512, 50_257))
-    case = dict(model=model, prompt_length=args.prompt_length, response_length=args.response_length)
-
-    def measure(tree, dtype):
-        flags = dict(micro_batch_tokens=args.micro_batch_tokens) if tree == one_tree.ROOT else {}
-        return next(one_tree.run_cases(tree, [case | dict(dtype=dtype, flags=flags)]))
-
-    for dtype in args.dtypes:
-        size = f"64 responses of up to {args.response_length} tokens, 8 to a prompt of up to {args.prompt_length}"
-        title = f"update: {args.model or 'Qwen2 with 50,257 ids, two layers'}, {size}, {dtype}"
-        compare(title, in_trees(args, functools.partial(measure, dtype=dtype)), args.rounds)
+def compare_cases(title, ours, baseline, tree, rounds=1, own_process=True):
+    """`compare` {name: case} of this tree and of the baseline, if there is one."""
+    results = run_cases(tree, baseline.values()), run_cases(ROOT, ours.values())
+    calls = {f"baseline, {name}": functools.partial(next, results[0]) for name in baseline if tree}
+    for name, case in ours.items():
+        calls[name] = functools.partial(next, results[1]) if own_process else functools.partial(measure, case)
+    compare(title, calls, rounds)
 
 
 def iteration(tree, script, skip, **flags):
     """Medians of the iterations of a run, from end to end, but for the first `skip`."""
-    run = one_tree.run_script(script, tree=tree, eval_every=0, **flags)
-    rollout, tokens = [run.metrics[name] for name in ("time/rollout_seconds", "time/tokens_per_second")]
-    series = {"CPU s": run.cpu_seconds, "s": run.seconds, "rollout, s": [*rollout.values()]}
-    series = series if flags["device"] == "cpu" else dict([*series.items()][1:])
-    medians = {name: median(values[skip:]) for name, values in (series | {"tokens/s": [*tokens.values()]}).items()}
-    return medians | {"peak GiB": run.gib}
+    run = run_script(script, tree=tree, eval_every=0, **flags)
+    figures = {"CPU s": run.cpu_seconds} if flags["device"] == "cpu" else {}
+    figures |= {"s": run.seconds, "rollout, s": [*run.metrics["time/rollout_seconds"].values()]}
+    return {name: median(values[skip:]) for name, values in figures.items()} | {"peak GiB": run.gib}
 
 
-def part_scripts(args, scratch):
+def part_rollout(args, folder):
+    model = args.model or random_model(folder, 64, 2, 4, 4, 256, 11)
+    case = dict(responses=32, response_length=24) if args.model else dict(responses=256, response_length=6, repeats=20)
+    case |= dict(what="rollout", model=model, lengths="fixed", samples=4)
+    flags = {"growing cache": {}, "static cache": dict(cache_implementation="static", disable_compile=True)}
+    generate = {f"generate, {name}": case | dict(what="generate", flags=flags[name]) for name in flags}
+    ours = {"common.sample": case}
+    compare_cases(f"rollout, {case}", ours | generate, ours, args.baseline_tree, args.rounds)
+
+
+def part_update(args, folder):
+    model = args.model or random_model(folder, 192, 2, 6, 2, 512, 50_257)
+    for dtype in args.dtypes:
+        case = dict(model=model, dtype=dtype, prompt_length=args.prompt_length, response_length=args.response_length)
+        sizes = {f"--micro-batch-tokens {n}": {"micro_batch_tokens": n} for n in args.micro_batch_tokens}
+        ours = {name: case | {"flags": flags} for name, flags in (sizes or {"defaults": {}}).items()}
+        compare_cases(f"update, {case}", ours, {"defaults": case}, args.baseline_tree, args.rounds)
+
+
+def part_scripts(args, folder):
+    flags = dict(skip=5, total_episodes=256 * (5 + args.updates), device="cpu")
     for script in ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py"):
-        flags = dict(script=script, skip=5, total_episodes=256 * (5 + args.updates), device="cpu")
-        calls = in_trees(args, functools.partial(iteration, **flags))
-        compare(f"scripts: an iteration of `{script}` on `sort`, 256 responses", calls, args.rounds)
+        trees = ({"baseline": args.baseline_tree} if args.baseline_tree else {}) | {"this tree": ROOT}
+        calls = {name: functools.partial(iteration, tree, script, **flags) for name, tree in trees.items()}
+        compare(f"{script}, `sort`, 256 responses", calls, args.rounds)
 
 
 def main(args):
-    print(f"torch {torch.__version__}, transformers {version('transformers')}, {torch.get_num_threads()} CPU threads")
     for part in args.parts:
-        with tempfile.TemporaryDirectory() as scratch:
-            globals()[f"part_{part}"](args, scratch)
+        with tempfile.TemporaryDirectory() as folder:
+            globals()[f"part_{part}"](args, folder)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if sys.argv[1:2] == ["case"]:
+        sys.path.insert(0, sys.argv[2])
+        for text in sys.argv[3:]:
+            print(json.dumps(measure(json.loads(text))), flush=True)
+    else:
+        sys.path.insert(0, str(ROOT))
+        main(tyro.cli(Args, description=__doc__))
