@@ -32,7 +32,6 @@ import json
 import os
 import sys
 import types
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -289,7 +288,7 @@ def load_whole(auto_class, name, flag, args, dtype):
 def add_adapters(policy, args):
     """Freeze the policy, give all linear layers but the head LoRA adapters (Hu et al. 2022), and return peft's wrapper.
 
-    With --dtype bfloat16 frozen layers are held in bfloat16, as autocast would cast them anyway; TRPO needs float32.
+    With --dtype bfloat16 frozen layers are held in bfloat16, as autocast would cast them anyway.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -297,8 +296,8 @@ def add_adapters(policy, args):
     config = LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapper = get_peft_model(policy, config, autocast_adapter_dtype=False)
     for name, parameter in policy.named_parameters():
-        if name.endswith("base_layer.weight") and args.dtype == "bfloat16" and not hasattr(args, "max_kl"):
-            parameter.data = parameter.data.bfloat16()
+        if name.endswith("base_layer.weight"):
+            parameter.data = parameter.data.to(getattr(torch, args.dtype))
     return wrapper
 
 
@@ -354,29 +353,34 @@ def micro_batches_of(groups, attention_mask, args):
     """Deal rows into micro-batches of at most --micro-batch-tokens, padding included: (prompts, k) -> a list of (b,).
 
     groups: the k row indices of each prompt. They stay together, for `share_prompts` runs a prompt once, or else rows
-    of like length do, whichever computes fewer tokens. The longest responses, which need most memory, come first.
+    of like length do, whichever computes fewer tokens. The longest responses, which need most memory, come first, and
+    no response of a micro-batch is less than half as long as its first.
     """
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
     plans = []
     for lines in (groups, groups.reshape(-1, 1)):
-        prompts, responses = prompt_lengths[lines[:, 0]], response_lengths[lines].amax(1)  # (lines,), (lines,)
-        left, computed, parts = responses.argsort(descending=True, stable=True), 0, []
-        while len(left):  # over all ranks, which make the same number of passes
-            prompt, response = all_reduce(torch.stack([prompts[left].max(), responses[left[0]]]), "max").tolist()
-            width = prompt + lines.shape[1] * response  # tokens of a line
-            part, left = left.tensor_split([max(1, args.micro_batch_tokens // width)])
-            parts.append(lines[part].flatten())
-            computed += len(part) * width
-        plans.append((computed, parts))
+        lengths = torch.stack([prompt_lengths[lines[:, 0]], response_lengths[lines].amax(1)])  # (2, lines)
+        order = lengths[1].argsort(descending=True, stable=True)  # (lines,)
+        # The longest of all ranks, which make the same number of passes.
+        prompts, responses = all_reduce(lengths[:, order], "max").cpu()  # (lines,), (lines,)
+        computed, micro_batches = 0, []
+        while len(order):
+            counts = torch.arange(1, len(order) + 1)  # of lines that come together
+            tokens = counts * (prompts.cummax(0).values + lines.shape[1] * responses[0])  # (lines,)
+            fit = (tokens <= args.micro_batch_tokens) & (2 * responses >= responses[0])  # the first ones
+            size = max(1, fit.sum().item())
+            computed += tokens[size - 1].item()
+            micro_batches.append(lines[order[:size]].flatten())
+            order, prompts, responses = order[size:], prompts[size:], responses[size:]
+        plans.append((computed, micro_batches))
     return min(plans, key=lambda plan: plan[0])[1]
 
 
 def shuffled_minibatches(attention_mask, args, *key):
     """One pass over the batch, prompts shuffled by `key`: a list of minibatches, which are lists of micro-batches."""
-    groups = torch.arange(len(attention_mask), device=attention_mask.device).view(
-        -1, args.samples_per_prompt
-    )  # (B/k, k)
+    indices = torch.arange(len(attention_mask), device=attention_mask.device)  # (B,)
+    groups = indices.view(-1, args.samples_per_prompt)  # (B/k, k)
     order = torch.randperm(len(groups), generator=make_generator("cpu", *key)).to(groups.device)
     return [micro_batches_of(part, attention_mask, args) for part in groups[order].tensor_split(args.num_minibatches)]
 
@@ -582,18 +586,19 @@ def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
     # Until the end of this block autocast keeps the weights that it has rounded, once for all tokens.
     with torch.autocast(sampler.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        chunks = zip(ids.split(at_once), mask.split(at_once))
-        parts = zip(*[rollout(sampler, *chunk, end_ids, args, **settings) for chunk in chunks])
-    responses, response_mask, logprobs = map(torch.cat, parts)  # (N k, R) each
+        prompts = zip(ids.split(at_once), mask.split(at_once))
+        results = [rollout(sampler, *some, end_ids, args, **settings) for some in prompts]
+    responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
-    tokens = [row[real].tolist() for row, real in zip(responses.cpu(), response_mask.cpu())]
-    facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": [len(row) for row in tokens]}
-    prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
+    lengths = response_mask.sum(1).tolist()
+    tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
+    facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
     decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
     # Alone, some responses would lose their first space.
-    triples = zip(decode(prompts), decode([p + r for p, r in zip(prompts, tokens)]), decode(tokens))
-    texts = [both.removeprefix(prompt) if both.startswith(prompt) else alone for prompt, both, alone in triples]
+    triples = zip(decode(prompts), decode([p + r for p, r in zip(prompts, tokens)]), tokens)
+    texts = [both.removeprefix(prompt) if both.startswith(prompt) else decode([r])[0] for prompt, both, r in triples]
     return sequences, attention_mask, response_mask, logprobs, texts, facts
 
 
@@ -630,15 +635,19 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         return model(tokens, attention_mask=mask, **settings).logits[:, -1]
 
     size = len(prompts) * samples_per_prompt, args.response_length
-    responses, logprobs = torch.full(size, PAD_ID, device=device), torch.zeros(size, device=device)  # (b, R), (b, R)
+    responses = torch.full(size, PAD_ID, device=device)  # (b, R)
+    logprobs = torch.zeros(size, device=device)  # (b, R)
+    end_tensor = torch.tensor(end_ids, device=device)
     mask = torch.nn.functional.pad(prompt_mask, (0, args.response_length), value=True).long()  # (n, P+R)
-    length, positions, end_tensor = prompts.shape[1], position_ids(prompt_mask), torch.tensor(end_ids, device=device)
+    positions = position_ids(prompt_mask)  # (n, P)
+    length = prompts.shape[1]
     logits = forward(prompts, positions, mask if fixed_size else mask[:, :length])  # (n, V)
     repeated = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (b,)
     cache.reorder_cache(repeated)  # each prompt's keys and values, once for each of its samples
     logits, mask, positions = logits[repeated], mask[repeated], positions[repeated, -1:]  # (b, V), (b, P+R), (b, 1)
     rows = torch.arange(len(responses), device=device)  # (b,), those that have not ended
-    inputs, ended = torch.zeros_like(positions), torch.zeros_like(rows, dtype=torch.bool)  # (b, 1), (b,)
+    ended = torch.zeros_like(rows, dtype=torch.bool)  # (b,)
+    inputs = torch.zeros_like(positions)  # (b, 1)
     for t in range(args.response_length):
         step_logprobs = (logits / args.temperature).log_softmax(-1)  # (b, V)
         if greedy:
@@ -666,9 +675,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             continue
         used = mask if fixed_size else mask[:, : length + t + 1]
         logits = forward(inputs, positions, used)
-        if (
-            fixed_size and args.response_length - t > 8
-        ):  # recording costs what a graph saves in three tokens, and memory
+        if fixed_size and t + 8 < args.response_length:  # recording costs what a graph saves in three tokens
             graph, result = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # where replays write; recorded and not run
@@ -796,9 +803,6 @@ def load_reward(args, device, rows):
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
     _, parts = score_responses(reward_fn, args, None, rows[:1], [""], {"ended": [True], "num_tokens": [1]})
-    digest = torch.tensor(zlib.crc32(str(sorted(parts)).encode()), device=device)
-    range_of_ranks = all_reduce(digest, "max") + all_reduce(-digest, "max")  # the largest less the smallest
-    require(range_of_ranks == 0, f"--reward {name}", "parts of the same names on all ranks", set(parts))
     return functools.partial(score_responses, reward_fn, args, set(parts))
 
 
@@ -806,7 +810,7 @@ def score_responses(reward_fn, args, part_names, rows, responses, facts):
     """Call the reward function and check what it returns: scores, or scores and a dictionary of parts.
 
     Args:
-        part_names: the names that parts have to have, on all ranks, or None for any.
+        part_names: the names that parts have to have, or None for any.
         rows: N rows of a data set. responses: N k texts, the k of one prompt next to each other.
         facts: lists with an entry for each response, which the function gets if it has a parameter of that name.
     Returns (N k,) tensors on the CPU: the scores, and a dictionary of parts.

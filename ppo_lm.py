@@ -212,7 +212,7 @@ def policy_logprobs(model, sequences, attention_mask, response_mask, args, entro
 
 def batched_logprobs(model, batch, micro_batches, args):
     """Log pi of each response token of a whole batch, without gradient: -> (B, R)."""
-    return common.in_micro_batches(lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, *batch)
+    return common.in_micro_batches(lambda *inputs: policy_logprobs(model, *inputs, args)[0], micro_batches, *batch)
 
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
@@ -341,13 +341,13 @@ def main(args, checkpoint=None):
     if checkpoint:  # paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
-        for name, parts in trained.items():
-            set_state_dict(*parts, **checkpoint[name], options=common.STATE)
+        for name, pair in trained.items():
+            set_state_dict(*pair, **checkpoint[name], options=common.STATE)
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
         start_time -= state.seconds
     if rank == 0:
-        parts = script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")
-        run_dir = f"{Path(args.output_dir).expanduser()}/{'__'.join(map(str, parts))}-{os.getpid()}"
+        name = f"{script}__{Path(args.model).name}__{Path(args.dataset).stem}__{args.seed}"
+        run_dir = f"{Path(args.output_dir).expanduser()}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         run_dir = args.resume if checkpoint and num_iterations else run_dir
         # What a resumed run had logged after its checkpoint is dropped.
         writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
@@ -410,7 +410,7 @@ def main(args, checkpoint=None):
         # the first ratio is exactly 1, in bfloat16 too, where a row's rounding error depends on the rows around it.
         keys = [(args.seed, iteration, rank, epoch) for epoch in range(args.update_epochs)]
         schedule = [common.shuffled_minibatches(attention_mask, args, *key) for key in keys]  # of each epoch
-        micro_batches = [rows for minibatch in schedule[0] for rows in minibatch]
+        micro_batches = [indices for minibatch in schedule[0] for indices in minibatch]
         logprobs = batched_logprobs(policy, batch, micro_batches, args)  # (B, R)
 
         # ===== [2/5] Rewards (shared by all three scripts) =====
@@ -430,10 +430,10 @@ def main(args, checkpoint=None):
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
             state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
-        weights = torch.ones_like(logprobs)  # (B, R), truncated importance weights of the policy to the sampler
+        importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
-            weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
-            is_clipped = (weights == args.sampler_clip).float()  # (B, R)
+            importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
+            is_clipped = (importance_weights == args.sampler_clip).float()  # (B, R)
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====
@@ -451,7 +451,7 @@ def main(args, checkpoint=None):
         metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
-        advantages = advantages * weights  # (B, R)
+        advantages = advantages * importance_weights  # (B, R)
 
         # ===== [4/5] PPO update (algorithm) =====
         annealed = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
@@ -461,19 +461,19 @@ def main(args, checkpoint=None):
         steps = []  # the metrics of each
         for minibatch in [minibatch for epoch in schedule for minibatch in epoch]:  # one loop, which `break` ends
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
-            for rows in minibatch:
-                *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+            for indices in minibatch:
+                *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
                 new_values = critic(*inputs, args)[:, :-1]  # (b, R)
-                v_loss = value_loss(new_values, values[rows], value_targets[rows], args.value_clip)  # (b, R)
+                v_loss = value_loss(new_values, values[indices], value_targets[indices], args.value_clip)  # (b, R)
                 (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
                 new_logprobs, entropy = policy_logprobs(policy, *inputs, mask, args, args.ent_coef > 0)  # (b, R) each
-                logratio = (new_logprobs - logprobs[rows]).where(mask, 0.0)  # (b, R)
+                logratio = (new_logprobs - logprobs[indices]).where(mask, 0.0)  # (b, R)
                 ratio = logratio.exp()  # (b, R)
                 sampled_kl = ratio - 1 - logratio  # (b, R)
                 if args.surrogate == "clip":
-                    surrogate = clipped_surrogate(ratio, advantages[rows], args.clip_coef, clip_coef_high)  # (b, R)
+                    surrogate = clipped_surrogate(ratio, advantages[indices], args.clip_coef, clip_coef_high)  # (b, R)
                 else:
-                    surrogate = ratio * advantages[rows] - state.penalty_coef * sampled_kl  # (b, R) (7)
+                    surrogate = ratio * advantages[indices] - state.penalty_coef * sampled_kl  # (b, R) (7)
                 loss = -(surrogate + args.ent_coef * entropy)  # (b, R)
                 (loss.where(mask, 0.0).sum() / num_tokens).backward()
                 token_metrics = {"loss/policy": -surrogate, "loss/value": v_loss, "policy/entropy": entropy}
@@ -524,7 +524,7 @@ def main(args, checkpoint=None):
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             state.after = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
-            states = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            states = {name: common.gather_state(*pair) for name, pair in trained.items()}
             state.seconds = time.time() - start_time
             if rank == 0:
                 kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
@@ -535,9 +535,10 @@ def main(args, checkpoint=None):
     weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
-        summary |= {name.replace("/", "_"): value for name, value in state.after.items()} | facts
+        summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
+        episodes = max(num_iterations, done) * args.batch_size
+        summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if weights:
             common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)

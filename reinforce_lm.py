@@ -178,7 +178,7 @@ def policy_logprobs(model, sequences, attention_mask, response_mask, args, entro
 
 def batched_logprobs(model, batch, micro_batches, args):
     """Log pi of each response token of a whole batch, without gradient: -> (B, R)."""
-    return common.in_micro_batches(lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, *batch)
+    return common.in_micro_batches(lambda *inputs: policy_logprobs(model, *inputs, args)[0], micro_batches, *batch)
 
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
@@ -277,13 +277,13 @@ def main(args, checkpoint=None):
     if checkpoint:  # paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
-        for name, parts in trained.items():
-            set_state_dict(*parts, **checkpoint[name], options=common.STATE)
+        for name, pair in trained.items():
+            set_state_dict(*pair, **checkpoint[name], options=common.STATE)
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
         start_time -= state.seconds
     if rank == 0:
-        parts = script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")
-        run_dir = f"{Path(args.output_dir).expanduser()}/{'__'.join(map(str, parts))}-{os.getpid()}"
+        name = f"{script}__{Path(args.model).name}__{Path(args.dataset).stem}__{args.seed}"
+        run_dir = f"{Path(args.output_dir).expanduser()}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         run_dir = args.resume if checkpoint and num_iterations else run_dir
         # What a resumed run had logged after its checkpoint is dropped.
         writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
@@ -366,10 +366,10 @@ def main(args, checkpoint=None):
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
             state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
-        weights = torch.ones_like(logprobs)  # (B, R), truncated importance weights of the policy to the sampler
+        importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
-            weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
-            is_clipped = (weights == args.sampler_clip).float()  # (B, R)
+            importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
+            is_clipped = (importance_weights == args.sampler_clip).float()  # (B, R)
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Returns and baseline (algorithm) =====
@@ -387,19 +387,19 @@ def main(args, checkpoint=None):
         state.ema_baseline = J if state.ema_baseline is None else args.ema_decay * ema + (1 - args.ema_decay) * J
         if args.normalize_advantages:
             advantages = common.whiten(advantages, response_mask, shift_mean=False)
-        advantages = advantages * weights  # (B, R)
+        advantages = advantages * importance_weights  # (B, R)
 
         # ===== [4/5] REINFORCE update (algorithm) =====
         learning_rate = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
         optimizer.param_groups[0]["lr"] = learning_rate
         num_tokens, sums, losses = all_reduce(response_mask.sum()), {}, []
-        for rows in micro_batches:
-            *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+        for indices in micro_batches:
+            *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
             new_logprobs, entropy = policy_logprobs(policy, *inputs, mask, args)  # (b, R), (b, R)
-            loss = policy_gradient_loss(new_logprobs, advantages[rows], mask, args.batch_size)
+            loss = policy_gradient_loss(new_logprobs, advantages[indices], mask, args.batch_size)
             loss.backward()  # (4): backpropagation turns log pi into grad log pi
             losses.append(loss.detach())
-            gap = (new_logprobs - sampler_logprobs[rows]).abs()  # (b, R)
+            gap = (new_logprobs - sampler_logprobs[indices]).abs()  # (b, R)
             common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
         metrics |= common.means_over_ranks(sums, num_tokens)
         metrics["loss/policy"] = all_reduce(sum(losses)).item()
@@ -423,7 +423,7 @@ def main(args, checkpoint=None):
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             state.after = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
-            states = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            states = {name: common.gather_state(*pair) for name, pair in trained.items()}
             state.seconds = time.time() - start_time
             if rank == 0:
                 kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
@@ -434,9 +434,10 @@ def main(args, checkpoint=None):
     weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
-        summary |= {name.replace("/", "_"): value for name, value in state.after.items()} | facts
+        summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
+        episodes = max(num_iterations, done) * args.batch_size
+        summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if weights:
             common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)

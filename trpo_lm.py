@@ -222,7 +222,7 @@ def policy_logprobs(model, sequences, attention_mask, response_mask, args, entro
 
 def batched_logprobs(model, batch, micro_batches, args):
     """Log pi of each response token of a whole batch, without gradient: -> (B, R)."""
-    return common.in_micro_batches(lambda *rows: policy_logprobs(model, *rows, args)[0], micro_batches, *batch)
+    return common.in_micro_batches(lambda *inputs: policy_logprobs(model, *inputs, args)[0], micro_batches, *batch)
 
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
@@ -345,12 +345,12 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
     micro_batches: tensors of row indices. num_tokens: response tokens on all ranks.
     """
     sums = {}
-    for rows in micro_batches:
-        *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+    for indices in micro_batches:
+        *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
         new_logprobs, entropy = policy_logprobs(policy, *inputs, mask, args)  # (b, R), (b, R)
         ratio = (new_logprobs - new_logprobs.detach()).exp()  # (b, R), all 1
-        ((ratio * advantages[rows]).where(mask, 0.0).sum() / num_tokens).backward()
-        gap = (new_logprobs - sampler_logprobs[rows]).abs()  # (b, R)
+        ((ratio * advantages[indices]).where(mask, 0.0).sum() / num_tokens).backward()
+        gap = (new_logprobs - sampler_logprobs[indices]).abs()  # (b, R)
         common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
     return take_gradient(policy), common.means_over_ranks(sums, num_tokens)  # (7)
 
@@ -371,9 +371,9 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
 
     out: (D,), written over with the result if given: on a CPU, getting new memory for each product takes long.
     """
-    num_tokens = all_reduce(sum(batch[2][rows].sum() for rows in micro_batches))
-    for rows in micro_batches:
-        inputs = [tensor[rows] for tensor in batch]
+    num_tokens = all_reduce(sum(batch[2][indices].sum() for indices in micro_batches))
+    for indices in micro_batches:
+        inputs = [tensor[indices] for tensor in batch]
         logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (n, V), J v
         p = logits.softmax(-1)  # (n, V)
         change = p * (change - (p * change).sum(-1, keepdim=True)) / num_tokens  # (n, V), (diag p - p p') J v
@@ -386,8 +386,8 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
 def fisher_quadratic_form(vector, policy, batch, micro_batches, num_tokens, args):
     """x'Fx over the response tokens on all ranks, without a backward pass: the variance of J x under p."""
     total = 0.0
-    for rows in micro_batches:
-        inputs = [tensor[rows] for tensor in batch]
+    for indices in micro_batches:
+        inputs = [tensor[indices] for tensor in batch]
         logits, change = jacobian_vector_product(policy, vector, inputs, args)  # (n, V)
         p = logits.softmax(-1)  # (n, V)
         mean_change = (p * change).sum(-1, keepdim=True)  # (n, 1)
@@ -437,13 +437,13 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
     Logits of the old policy are computed again rather than kept: (B, R, V) is more than many machines hold.
     """
     sums, old_parameters = torch.zeros(2, dtype=torch.float64, device=theta.device), unflatten(theta, policy)
-    for rows in micro_batches:
-        inputs = sequences, _, mask = [tensor[rows] for tensor in batch]
+    for indices in micro_batches:
+        inputs = sequences, _, mask = [tensor[indices] for tensor in batch]
         tokens = sequences[:, -args.response_length :][mask]  # (n,)
         old_logits = common.response_logits(policy, *inputs, args, old_parameters)  # (n, V)
         new_logits = common.response_logits(policy, *inputs, args)  # (n, V)
         new, old = [token_statistics(logits, tokens, args.temperature)[0] for logits in (new_logits, old_logits)]
-        gain = ((new - old).exp() - 1) * advantages[rows][mask]  # (n,)
+        gain = ((new - old).exp() - 1) * advantages[indices][mask]  # (n,)
         kl = exact_kl(old_logits, new_logits, args.temperature)  # (n,)
         sums += torch.stack([gain.double().sum(), kl.double().sum()])
     return tuple((all_reduce(sums) / num_tokens).tolist())  # (6)
@@ -488,6 +488,7 @@ def main(args, checkpoint=None):
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and its optimizer (algorithm) =====
+    policy.float()  # the frozen layers of adapters too, for its update is in float32
     critic = common.prepare(Critic(policy), device, args)
     policy = common.prepare(policy, device, args, spread=False)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
@@ -502,13 +503,13 @@ def main(args, checkpoint=None):
     if checkpoint:  # paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
-        for name, parts in trained.items():
-            set_state_dict(*parts, **checkpoint[name], options=common.STATE)
+        for name, pair in trained.items():
+            set_state_dict(*pair, **checkpoint[name], options=common.STATE)
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
         start_time -= state.seconds
     if rank == 0:
-        parts = script, Path(args.model).name, Path(args.dataset).stem, args.seed, time.strftime("%Y%m%d-%H%M%S")
-        run_dir = f"{Path(args.output_dir).expanduser()}/{'__'.join(map(str, parts))}-{os.getpid()}"
+        name = f"{script}__{Path(args.model).name}__{Path(args.dataset).stem}__{args.seed}"
+        run_dir = f"{Path(args.output_dir).expanduser()}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         run_dir = args.resume if checkpoint and num_iterations else run_dir
         # What a resumed run had logged after its checkpoint is dropped.
         writer = SummaryWriter(run_dir, purge_step=(first_iteration - 1) * args.batch_size + 1 if checkpoint else None)
@@ -591,10 +592,10 @@ def main(args, checkpoint=None):
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
             state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
-        weights = torch.ones_like(logprobs)  # (B, R), truncated importance weights of the policy to the sampler
+        importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
-            weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
-            is_clipped = (weights == args.sampler_clip).float()  # (B, R)
+            importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
+            is_clipped = (importance_weights == args.sampler_clip).float()  # (B, R)
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====
@@ -612,7 +613,7 @@ def main(args, checkpoint=None):
         metrics["value/mean"] = common.mean(values, response_mask).item()
         if args.whiten_advantages:
             advantages = common.whiten(advantages, response_mask)
-        advantages = advantages * weights  # (B, R)
+        advantages = advantages * importance_weights  # (B, R)
 
         # ===== [4/5] TRPO update (algorithm) =====
         remaining = 1 - (iteration - 1) / num_iterations  # of the run
@@ -663,10 +664,10 @@ def main(args, checkpoint=None):
         for epoch in range(args.update_epochs):
             for minibatch in common.shuffled_minibatches(attention_mask, args, args.seed, iteration, rank, epoch):
                 num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
-                for rows in minibatch:
-                    *inputs, mask = [tensor[rows] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
+                for indices in minibatch:
+                    *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
                     new_values = critic(*inputs, args)[:, :-1]  # (b, R)
-                    v_loss = value_loss(new_values, values[rows], value_targets[rows], args.value_clip)  # (b, R)
+                    v_loss = value_loss(new_values, values[indices], value_targets[indices], args.value_clip)  # (b, R)
                     (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
                     common.add_sums(sums, mask, {"loss/value": v_loss})
                 common.clip_gradients(critic, args.max_grad_norm)
@@ -690,7 +691,7 @@ def main(args, checkpoint=None):
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             state.after = evaluate(episode)
         if args.save_every and (is_last or iteration % args.save_every == 0):
-            states = {name: common.gather_state(*parts) for name, parts in trained.items()}
+            states = {name: common.gather_state(*pair) for name, pair in trained.items()}
             state.seconds = time.time() - start_time
             if rank == 0:
                 kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
@@ -701,9 +702,10 @@ def main(args, checkpoint=None):
     weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        facts = {"episodes": num_iterations * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
-        summary |= {name.replace("/", "_"): value for name, value in state.after.items()} | facts
+        summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
+        episodes = max(num_iterations, done) * args.batch_size
+        summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if weights:
             common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)

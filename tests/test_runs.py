@@ -599,7 +599,7 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run_which_stays_as_i
     (evaluation,) = (tmp_path / "evaluations").iterdir()
     assert samples(evaluation) == samples(run_dir)[-4:] != samples(run_dir)[:4]
     first, again = summary(run_dir), summary(evaluation)
-    assert again["episodes"] == 0 and again["run_dir"] == str(evaluation)
+    assert again["episodes"] == 64 and again["run_dir"] == str(evaluation)
     assert again["eval_score"] == again["eval_score_before"] == first["eval_score"] != first["eval_score_before"]
     assert not list(evaluation.glob("checkpoint*")) and not (evaluation / "model").exists()
 

@@ -209,13 +209,16 @@ def flat(tensors):
 def count_tokens(lines, prompts, lengths, budget):
     """Brute force: tokens of the passes over lines of rows that fill the budget, those with long responses first.
 
+    A pass ends before a line whose longest response is less than half as long as the longest.
+
     prompts: of each row, equally long. The last token of a row is only predicted, and is not run.
     """
     lines = sorted(lines, key=lambda line: -max(lengths[row] for row in line))
     total, shared = 0, len(prompts[0]) - 1
     while lines:
         longest, k = max(lengths[row] for row in lines[0]), len(lines[0])
-        at_once = max(1, budget // (len(prompts[0]) + k * longest))
+        at_once = sum(2 * max(lengths[row] for row in line) >= longest for line in lines)
+        at_once = min(at_once, max(1, budget // (len(prompts[0]) + k * longest)))
         rows, lines = sum(lines[:at_once], []), lines[at_once:]
         runs = 1 + sum(prompts[a][:-1] != prompts[b][:-1] for a, b in zip(rows, rows[1:]))  # of rows that share
         total += shared * (runs if 2 * runs <= len(rows) else len(rows)) + longest * len(rows)
@@ -242,12 +245,20 @@ def test_the_layout_that_computes_fewer_tokens_is_chosen(prompt_length, k, budge
     together, apart = [count_tokens(lines, prompts, lengths, budget) for lines in layouts]
     assert (together < apart) == is_together and sum(seen) == min(together, apart)
     per_line = k if is_together else 1
-    widths = [prompt_length + per_line * max(lengths[row] for row in rows) for rows in micro_batches]
-    assert widths == sorted(widths, reverse=True)
-    for width, rows in zip(widths, micro_batches):
-        lines, rest = divmod(len(rows), per_line)
-        assert not rest and (lines == 1 or lines * width <= budget)
-        assert rows is micro_batches[-1] or (lines + 1) * width > budget, "no room for one more line"
+    longest = [max(lengths[row] for row in rows) for rows in micro_batches]
+    assert longest == sorted(longest, reverse=True)
+    for rows, first, following in zip(micro_batches, longest, [*longest[1:], 0]):
+        lines, width = rows.view(-1, per_line).tolist(), prompt_length + per_line * first
+        assert len(lines) == 1 or len(lines) * width <= budget
+        assert all(2 * max(lengths[row] for row in line) >= first for line in lines), "no response that is much shorter"
+        assert (len(lines) + 1) * width > budget or 2 * following < first, "no room for one more line"
+
+
+def test_a_long_prompt_narrows_only_its_own_micro_batch():
+    args = Args(response_length=6, micro_batch_tokens=48)
+    _, mask = make_batch([2, 2, 2, 2, 2, 2, 20], [*range(7)], 6, [6, 6, 6, 6, 6, 6, 4], 20)
+    micro_batches = common.micro_batches_of(groups_of(7, 1), mask, args)
+    assert [rows.tolist() for rows in micro_batches] == [[0, 1, 2, 3, 4, 5], [6]]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 300])
