@@ -11,7 +11,7 @@ tokens p and a response of two tokens a and an end token e:
     sequences           pad  p1   p2   a1   a2   e    pad      (B, P+R)
     attention_mask      0    1    1    1    1    1    0        (B, P+R)    real tokens
     response_mask                      1    1    1    0        (B, R)      sampled tokens, which are trained
-    logits at column              2    3    4                  (n, V)      score a1, a2, e: one column earlier
+    logits at column              2    3    4                  (n, V)      predict a1, a2, e: one column earlier
     values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e, pad, and after it
 
 The mask ends after the first end token that was sampled, an action like any other. It is made once, by the rollout.
@@ -87,12 +87,12 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 def parse_flags(args_class, tiny, adapters, argv=None):
     """Parse the command line: -> args, and the checkpoint of --resume or None, whose flags then are the defaults."""
-    # Twice, for three flags decide about the defaults of the others.
+    # Twice, for --model, --lora-rank and --resume decide about the defaults of the others.
     about = f"Defaults of --model tiny: {tiny}. Defaults with --lora-rank: {adapters}."
     args = tyro.cli(args_class, args=argv, description=about)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    defaults = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
-    defaults = args_class(**(checkpoint["args"] if checkpoint else defaults))
+    values = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
+    defaults = args_class(**(checkpoint["args"] if checkpoint else values))
     return tyro.cli(args_class, args=argv, default=defaults, description=about), checkpoint
 
 
@@ -135,11 +135,11 @@ def make_generator(device, *key):
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
-def prompt_indices(num_prompts, start, count, seed):
-    """A list: positions start ... start + count - 1 of an endless stream of shuffled epochs over range(num_prompts)."""
-    epochs = range(start // num_prompts, (start + count - 1) // num_prompts + 1)
-    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in epochs])
-    return stream[start % num_prompts :][:count].tolist()
+def prompt_indices(num_rows, start, count, seed):
+    """A list: positions start ... start + count - 1 of an endless stream of shuffled epochs over range(num_rows)."""
+    epochs = range(start // num_rows, (start + count - 1) // num_rows + 1)
+    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in epochs])
+    return stream[start % num_rows :][:count].tolist()
 
 
 def all_reduce(tensor, operation="sum"):
@@ -235,13 +235,13 @@ def load_tokenizer(model, rows, trust_remote_code=False):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def load_policy(args, tokenizer, prompts):
+def load_policy(args, tokenizer, rows):
     """The causal language model of --model in float32 on the CPU; tiny is a GPT-2 of about 100k random parameters.
 
     It stays in evaluation mode, for with dropout the loss would score another policy than the one that sampled.
-    prompts: rows, which have to fit the model's context together with their responses.
+    The prompts of the rows have to fit the model's context together with their responses.
     """
-    context_length = max(len(row["input_ids"]) for row in prompts) + args.response_length
+    context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
     torch.manual_seed(args.seed)
     if args.model == "tiny":
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
@@ -262,14 +262,14 @@ def load_policy(args, tokenizer, prompts):
     require(head is not None, "--model", "a language model with a head", type(policy))
     head.forward = types.MethodType(full_precision_product, head)  # a copy of the policy has it, bound to its own head
     if args.lora_rank:
-        add_adapters(policy, args)
+        add_adapters(policy, args)  # in place; the wrapper is only for saving
     return policy.eval()
 
 
 def full_precision_product(head, hidden):
-    """Logits as a float32 product (TF32 on a GPU), under autocast too, where one of 16 would be off by up to 1/16."""
+    """Logits as a float32 product (TF32 on a GPU), under autocast too, which would round 16.06 to 16."""
     with torch.autocast(hidden.device.type, enabled=False):
-        # Columns cut out of the hidden states are not contiguous, and PyTorch would copy a frozen head for each row.
+        # PyTorch would copy a frozen head for each row of hidden states that are not contiguous.
         return type(head).forward(head, hidden.contiguous().to(head.weight.dtype))
 
 
@@ -288,7 +288,8 @@ def load_whole(auto_class, name, flag, args, dtype):
 def add_adapters(policy, args):
     """Freeze the policy, give all linear layers but the head LoRA adapters (Hu et al. 2022), and return peft's wrapper.
 
-    With --dtype bfloat16 frozen layers are held in bfloat16, as autocast would cast them anyway.
+    Reference and critic are copies with adapters of their own on the same base. With --dtype bfloat16 that is held in
+    bfloat16, as autocast would cast it anyway.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -309,7 +310,7 @@ def copy_network(network):
 def prepare(network, device, args, spread=True):
     """Move a network to the device, if `spread` over the ranks, and return it.
 
-    Copy a network before preparing it: `layer.forward`, once replaced, would still call the original's layer in a copy.
+    Copy a network before preparing it: a copy's `layer.forward`, once replaced, would still call the original's layer.
     """
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
@@ -327,10 +328,10 @@ def prepare(network, device, args, spread=True):
     return network
 
 
-def save_model(policy, weights, tokenizer, args, prompts, run_dir):
+def save_model(policy, weights, tokenizer, args, rows, run_dir):
     """Write RUN_DIR/model from the trained weights. Adapters go to RUN_DIR/adapter and are merged into the base."""
-    if args.lora_rank:
-        base = load_policy(replace(args, lora_rank=0), tokenizer, prompts)
+    if args.lora_rank:  # the base in float32 and on this rank, as the trained one may not be
+        base = load_policy(replace(args, lora_rank=0), tokenizer, rows)
         names = set(base.state_dict())
         wrapper = add_adapters(base, replace(args, dtype="float32"))
         base.load_state_dict(weights, strict=False)
@@ -359,21 +360,21 @@ def micro_batches_of(groups, attention_mask, args):
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
     plans = []
-    for lines in (groups, groups.reshape(-1, 1)):
-        lengths = torch.stack([prompt_lengths[lines[:, 0]], response_lengths[lines].amax(1)])  # (2, lines)
-        order = lengths[1].argsort(descending=True, stable=True)  # (lines,)
+    for units in (groups, groups.reshape(-1, 1)):  # rows that stay together: (units, k) or (units, 1)
+        lengths = torch.stack([prompt_lengths[units[:, 0]], response_lengths[units].amax(1)])  # (2, units)
+        order = lengths[1].argsort(descending=True, stable=True)  # (units,)
         # The longest of all ranks, which make the same number of passes.
-        prompts, responses = all_reduce(lengths[:, order], "max").cpu()  # (lines,), (lines,)
-        computed, micro_batches = 0, []
+        prompts, responses = all_reduce(lengths[:, order], "max").cpu()  # (units,), (units,)
+        cost, micro_batches = 0, []
         while len(order):
-            counts = torch.arange(1, len(order) + 1)  # of lines that come together
-            tokens = counts * (prompts.cummax(0).values + lines.shape[1] * responses[0])  # (lines,)
-            fit = (tokens <= args.micro_batch_tokens) & (2 * responses >= responses[0])  # the first ones
-            size = max(1, fit.sum().item())
-            computed += tokens[size - 1].item()
-            micro_batches.append(lines[order[:size]].flatten())
+            # Tokens of a pass with the first unit, with the first two, and so on.
+            tokens = torch.arange(1, len(order) + 1) * (prompts.cummax(0).values + units.shape[1] * responses[0])
+            fits = (tokens <= args.micro_batch_tokens) & (2 * responses >= responses[0])  # True, and then False
+            size = max(1, fits.sum().item())
+            cost += tokens[size - 1].item()
+            micro_batches.append(units[order[:size]].flatten())
             order, prompts, responses = order[size:], prompts[size:], responses[size:]
-        plans.append((computed, micro_batches))
+        plans.append((cost, micro_batches))
     return min(plans, key=lambda plan: plan[0])[1]
 
 
@@ -409,13 +410,14 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     """Run each prompt of the (b, L) rows once, if that pays, and return the keyword arguments of the pass that is left.
 
     `network(**returned)` computes the last `num_outputs` columns, of which the first is the prompt's last token, on top
-    of a cache that the prompts' pass fills; gradients flow back into it, summed over the rows that share a prompt.
+    of a cache that the prompts' pass fills; gradients flow back into it, summed over the rows that share a prompt,
+    which are next to each other.
     """
     inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
     length = sequences.shape[1] - num_outputs  # of what may be shared
-    prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, length)
+    ids = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, length)
     is_first = torch.ones_like(attention_mask[:, 0])  # (b,), of the rows with its prompt
-    is_first[1:] = (prompts[1:] != prompts[:-1]).any(1)
+    is_first[1:] = (ids[1:] != ids[:-1]).any(1)
     is_unshared = length <= 0 or 2 * is_first.sum() > len(sequences)
     if all_reduce(torch.as_tensor(is_unshared, device=sequences.device).int()):  # ranks make the same number of passes
         return inputs | dict(use_cache=False)
@@ -425,7 +427,7 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     layers = [copy.copy(layer) for layer in cache.layers]  # the prompts' own stay as they are, to be run again
     for layer in layers:
         layer.rows = is_first.cumsum(0) - 1  # (b,)
-    if dist.is_initialized():  # FSDP2 gathers a layer in backward if its output has a gradient; give the last one's one
+    if dist.is_initialized():  # FSDP2 gathers a layer for backward if its output is used: of the last, only keys are
         layers[-1].keys = layers[-1].keys + 0.0 * output[0, -1, 0]
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
     return inputs | dict(past_key_values=Cache(layers), use_cache=True)
@@ -449,16 +451,16 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     def run(**inputs):
         return torch.func.functional_call(model, parameters, kwargs=inputs) if parameters else model(**inputs)
 
-    def select(head, inputs):  # what the head, by `full_precision_product`, gets to see: -> (1, n, hidden size)
+    def select(head, inputs):  # what the head gets to see: -> (1, n, hidden size)
         (hidden,) = inputs
         return (hidden[:, -length:][response_mask][None],)
 
     with autocast(sequences.device, args):
-        # The last token is only predicted.
         prompt_pass = functools.partial(run, logits_to_keep=1)
+        # Without the last token, which is only predicted.
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
         with model.get_output_embeddings().register_forward_pre_hook(select):
-            return run(**inputs, logits_to_keep=length).logits[0]
+            return run(**inputs).logits[0]
 
 
 @torch.no_grad()
@@ -529,7 +531,7 @@ def encode_prompts(tokenizer, rows, prompt_length):
                 ids.append(tokenizer.apply_chat_template(chat, **settings))
     for number, (row, tokens) in enumerate(zip(rows, ids), 1):
         has_two = len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id  # its own and the tokenizer's
-        row["input_ids"] = tokens = tokens[has_two:]
+        row["input_ids"] = tokens = tokens[1:] if has_two else tokens
         where = f"--prompt-length, row {number} ({str(row['prompt'])[:60]})"
         require(0 < len(tokens) <= prompt_length, where, f"1 to {prompt_length} tokens", len(tokens))
 
@@ -568,7 +570,8 @@ def mask_through_first_end(responses, end_ids):
 def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
 
-    All sampling goes through here: another engine, such as vLLM, has to return the same. Tokens come from
+    All sampling goes through here: another engine, such as vLLM, has to return the same, and needs --dtype bfloat16 if
+    its rounding is not the policy's: log pi is then computed again, and the difference corrected. Tokens come from
     softmax(logits / temperature) of the policy as it is now, or are the most likely ones if `greedy`. All ranks have to
     call this, for `sampler` gets the policy's weights.
     Returns:
@@ -590,13 +593,14 @@ def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1
         results = [rollout(sampler, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
+    # Tokens of a tool would be real here, and in the texts, but not in the response mask.
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
     facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
     decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
     prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
-    # Alone, some responses would lose their first space.
+    # Alone, a response may lose its first space. With it, a prompt may, rarely, be decoded otherwise.
     triples = zip(decode(prompts), decode([p + r for p, r in zip(prompts, tokens)]), tokens)
     texts = [both.removeprefix(prompt) if both.startswith(prompt) else decode([r])[0] for prompt, both, r in triples]
     return sequences, attention_mask, response_mask, logprobs, texts, facts
@@ -611,7 +615,7 @@ class FixedLayer(StaticLayer):
 
 @torch.no_grad()
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
-    """Sample responses token by token to (n, P) left-padded prompts, each of which is run once for all its samples.
+    """Sample responses token by token to (N, P) left-padded prompts, each of which is run once for all its samples.
 
     No top-k, top-p or repetition penalty, whatever the checkpoint's generation_config.json says: the distribution that
     is sampled is the one whose gradient is taken.
@@ -630,7 +634,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     if fixed_size:
         cache = Cache([FixedLayer(prompts.shape[1] + args.response_length) for _ in cache.layers])
 
-    def forward(tokens, positions, mask):  # -> logits of the next token (b, V)
+    def forward(tokens, positions, mask):  # -> logits of the next token, (N, V) or (a, V)
         settings = dict(position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return model(tokens, attention_mask=mask, **settings).logits[:, -1]
 
@@ -638,36 +642,37 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     responses = torch.full(size, PAD_ID, device=device)  # (b, R)
     logprobs = torch.zeros(size, device=device)  # (b, R)
     end_tensor = torch.tensor(end_ids, device=device)
-    mask = torch.nn.functional.pad(prompt_mask, (0, args.response_length), value=True).long()  # (n, P+R)
-    positions = position_ids(prompt_mask)  # (n, P)
+    mask = torch.nn.functional.pad(prompt_mask, (0, args.response_length), value=True).long()  # (N, P+R)
+    positions = position_ids(prompt_mask)  # (N, P)
     length = prompts.shape[1]
-    logits = forward(prompts, positions, mask if fixed_size else mask[:, :length])  # (n, V)
+    logits = forward(prompts, positions, mask if fixed_size else mask[:, :length])  # (N, V)
     repeated = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (b,)
     cache.reorder_cache(repeated)  # each prompt's keys and values, once for each of its samples
     logits, mask, positions = logits[repeated], mask[repeated], positions[repeated, -1:]  # (b, V), (b, P+R), (b, 1)
-    rows = torch.arange(len(responses), device=device)  # (b,), those that have not ended
-    ended = torch.zeros_like(rows, dtype=torch.bool)  # (b,)
-    inputs = torch.zeros_like(positions)  # (b, 1)
+    active = torch.arange(len(responses), device=device)  # (a,), rows that are still run
+    ended = torch.zeros_like(active, dtype=torch.bool)  # (a,)
+    inputs = torch.zeros_like(positions)  # (a, 1)
     for t in range(args.response_length):
-        step_logprobs = (logits / args.temperature).log_softmax(-1)  # (b, V)
+        step_logprobs = (logits / args.temperature).log_softmax(-1)  # (a, V)
         if greedy:
-            tokens = step_logprobs.argmax(-1, keepdim=True)  # (b, 1)
+            tokens = step_logprobs.argmax(-1, keepdim=True)  # (a, 1)
         else:  # exponential race (the Gumbel-max trick): argmax p_i / q_i is i with probability p_i
-            noise = torch.empty_like(step_logprobs).exponential_(generator=generator)  # (b, V)
-            tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (b, 1)
-        responses[rows, t] = tokens[:, 0]
-        logprobs[rows, t] = step_logprobs.gather(1, tokens)[:, 0]
+            noise = torch.empty_like(step_logprobs).exponential_(generator=generator)  # (a, V)
+            tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (a, 1)
+        responses[active, t] = tokens[:, 0]
+        logprobs[active, t] = step_logprobs.gather(1, tokens)[:, 0]
         ended |= (tokens == end_tensor).any(1)  # `isin` sorts many end ids, and then waits for the GPU
         if t + 1 == args.response_length:
             break
         inputs.copy_(tokens)
         if not on_cuda or t % 16 == 15:  # counting the rows that go on waits for the GPU
-            going_on = (~ended).nonzero()[:, 0]  # (b,)
+            going_on = (~ended).nonzero()[:, 0]
             if not len(going_on):
                 break
-            if len(going_on) <= len(rows) / 2:
+            if len(going_on) <= len(active) / 2:
                 cache.reorder_cache(going_on)
-                rows, ended, inputs, positions, mask = [x[going_on] for x in (rows, ended, inputs, positions, mask)]
+                kept = [x[going_on] for x in (active, ended, inputs, positions, mask)]
+                active, ended, inputs, positions, mask = kept
                 graph = None
         positions += 1
         if graph:
@@ -676,10 +681,10 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         used = mask if fixed_size else mask[:, : length + t + 1]
         logits = forward(inputs, positions, used)
         if fixed_size and t + 8 < args.response_length:  # recording costs what a graph saves in three tokens
-            graph, result = torch.cuda.CUDAGraph(), logits
+            graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # where replays write; recorded and not run
-            logits.copy_(result)
+            logits.copy_(computed)
     require(logprobs.isfinite().all(), "--model", "finite logits; try a lower learning rate", "NaN or infinity")
     response_mask = mask_through_first_end(responses, end_ids)  # (b, R)
     return responses.where(response_mask, PAD_ID), response_mask, logprobs.where(response_mask, 0.0)
@@ -702,7 +707,7 @@ def try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, rows):
         prompts = [{"input_ids": longest}, {"input_ids": longest[: len(longest) // 2 + 1]}]
         generator = make_generator(sampler.device, 0)
         *batch, sampled, _, _ = sample(sampler, policy, tokenizer, end_ids, args, prompts, 2, generator)
-        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, 4)
+        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, 4), sampler and loss
         for tokens, real, mask, logprobs in zip(*batch, results):
             with autocast(tokens.device, args):
                 logits = policy(tokens[real][None, :-1]).logits[0]  # (L-1, V)
@@ -794,7 +799,7 @@ def load_reward(args, device, rows):
         require(path.endswith(".py") and os.path.isfile(path), "--reward", expected, name)
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports, also in processes that it starts
         sys.modules.pop("common", None)  # it may have its own
-        vars(sys.modules["__main__"]).pop("__file__", None)  # which those processes would import, and with it ours
+        vars(sys.modules["__main__"]).pop("__file__", None)  # or processes that it starts would import the script
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(spec.name, module)
@@ -802,7 +807,8 @@ def load_reward(args, device, rows):
             spec.loader.exec_module(module)
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
-    _, parts = score_responses(reward_fn, args, None, rows[:1], [""], {"ended": [True], "num_tokens": [1]})
+    facts = {"ended": [True], "num_tokens": [1]}
+    _, parts = score_responses(reward_fn, args, None, rows[:1], [""], facts)  # the trial
     return functools.partial(score_responses, reward_fn, args, set(parts))
 
 

@@ -44,7 +44,7 @@ learned nothing, would move the policy, and the weight between the two losses wo
 
 Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped values (9),
 an optional stop by --target-kl, in (7) a sampled KL in place of the exact one; in bfloat16, where passes that sample
-round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, c).
+round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, C).
 Departures from reinforce_lm.py: a critic, and several steps per batch, for which log pi_old is remembered; and, as most
 code does, E_t divides by the number of tokens, where that script divides by the number of responses, and GAE drops the
 factor gamma^(t-1) that it keeps. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
@@ -179,11 +179,11 @@ class Args:
     """eps_V, clip range of the value, in units of the score; 0 for no limit"""
 
 
-# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead,
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
 TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
 TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, learning_rate=1e-3)
 TINY |= dict(critic_learning_rate=1e-3, update_epochs=2, value_clip=0.2)
-# and --lora-rank these: adapters take about ten times the rates of full training (Schulman et al. 2025).
+# Adapters on a pretrained model take about ten times the rates of full training (Schulman et al. 2025).
 ADAPTERS = dict(learning_rate=3e-5, critic_learning_rate=1e-4)
 
 
@@ -360,11 +360,10 @@ def main(args, checkpoint=None):
     sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
 
     def log_samples(split, episode, rows, texts, scores, parts):
-        """Append responses, with their prompts, scores and parts, to samples.jsonl. rows: N, or one for k texts."""
+        """Append to samples.jsonl each row's prompt with a response, its score and parts."""
         with open(f"{run_dir}/samples.jsonl", "a") as file:
-            for i, text in enumerate(texts):
-                prompt = rows[i * len(rows) // len(texts)]["prompt"]
-                line = dict(split=split, episode=episode, prompt=prompt, response=text, score=scores[i].item())
+            for i, (row, text) in enumerate(zip(rows, texts)):
+                line = dict(split=split, episode=episode, prompt=row["prompt"], response=text, score=scores[i].item())
                 print(json.dumps(line | {name: values[i].item() for name, values in parts.items()}), file=file)
 
     def evaluate(episode):
@@ -413,7 +412,7 @@ def main(args, checkpoint=None):
         micro_batches = [indices for minibatch in schedule[0] for indices in minibatch]
         logprobs = batched_logprobs(policy, batch, micro_batches, args)  # (B, R)
 
-        # ===== [2/5] Rewards (shared by all three scripts) =====
+        # ===== [2/5] Rewards, importance weights (shared by all three scripts) =====
         scores, parts = score_responses(prompt_rows, texts, facts)  # (B,)
         scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
@@ -460,6 +459,7 @@ def main(args, checkpoint=None):
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # the metrics of each
         for minibatch in [minibatch for epoch in schedule for minibatch in epoch]:  # one loop, which `break` ends
+            # Of all ranks, whose gradients are summed.
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
             for indices in minibatch:
                 *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
@@ -517,7 +517,7 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            log_samples("train", episode, prompt_rows[:1], texts[: args.samples_per_prompt], scores, parts)
+            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)
             shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
             progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations

@@ -35,7 +35,7 @@ is random, it would be the gradient of something else. With G_i1 the return of t
 For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients takes
 the place of plain gradient ascent; advantages may be divided by their standard deviation over the batch, which changes
 the norm of g but not its direction; and in bfloat16, where passes that sample round otherwise than those that train, A
-is multiplied by the truncated importance weight min(pi / pi_sampler, c) of its token. Departures from ppo_lm.py and
+is multiplied by the truncated importance weight min(pi / pi_sampler, C) of its token. Departures from ppo_lm.py and
 trpo_lm.py: one gradient step per batch, no critic, and gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
@@ -146,10 +146,10 @@ class Args:
     """divide advantages by their standard deviation over the whole batch"""
 
 
-# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead,
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
 TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
 TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, learning_rate=2e-3)
-# and --lora-rank these: adapters take about ten times the rates of full training (Schulman et al. 2025).
+# Adapters on a pretrained model take about ten times the rates of full training (Schulman et al. 2025).
 ADAPTERS = dict(learning_rate=5e-5)
 
 
@@ -296,11 +296,10 @@ def main(args, checkpoint=None):
     sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
 
     def log_samples(split, episode, rows, texts, scores, parts):
-        """Append responses, with their prompts, scores and parts, to samples.jsonl. rows: N, or one for k texts."""
+        """Append to samples.jsonl each row's prompt with a response, its score and parts."""
         with open(f"{run_dir}/samples.jsonl", "a") as file:
-            for i, text in enumerate(texts):
-                prompt = rows[i * len(rows) // len(texts)]["prompt"]
-                line = dict(split=split, episode=episode, prompt=prompt, response=text, score=scores[i].item())
+            for i, (row, text) in enumerate(zip(rows, texts)):
+                line = dict(split=split, episode=episode, prompt=row["prompt"], response=text, score=scores[i].item())
                 print(json.dumps(line | {name: values[i].item() for name, values in parts.items()}), file=file)
 
     def evaluate(episode):
@@ -349,7 +348,7 @@ def main(args, checkpoint=None):
         if args.dtype == "bfloat16":
             logprobs = batched_logprobs(policy, batch, micro_batches, args)
 
-        # ===== [2/5] Rewards (shared by all three scripts) =====
+        # ===== [2/5] Rewards, importance weights (shared by all three scripts) =====
         scores, parts = score_responses(prompt_rows, texts, facts)  # (B,)
         scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
@@ -382,8 +381,8 @@ def main(args, checkpoint=None):
         ema = state.ema_baseline or 0.0
         baseline = compute_baseline(args.baseline, returns[:, 0], args.samples_per_prompt, ema, greedy_scores)  # (B,)
         advantages = (returns - baseline[:, None]).where(response_mask, 0.0)  # (B, R) (6)
-        metrics["objective/J"] = J = common.mean(returns[:, 0]).item()  # (3)
-        metrics["objective/baseline"] = common.mean(baseline).item()
+        J = common.mean(returns[:, 0]).item()  # (3)
+        metrics |= {"objective/J": J, "objective/baseline": common.mean(baseline).item()}
         state.ema_baseline = J if state.ema_baseline is None else args.ema_decay * ema + (1 - args.ema_decay) * J
         if args.normalize_advantages:
             advantages = common.whiten(advantages, response_mask, shift_mean=False)
@@ -416,7 +415,7 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            log_samples("train", episode, prompt_rows[:1], texts[: args.samples_per_prompt], scores, parts)
+            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)
             shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
             progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations

@@ -50,7 +50,7 @@ trunk its gradient would move the policy out of the trust region.
 Departures from the paper: damping relative to the curvature along g, so that one value serves models of all sizes; a
 fraction of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
 delta that falls to 0 over the run, since steps of a fixed size would never settle; and in bfloat16, where passes that
-sample round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, c).
+sample round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, C).
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
 per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 (TF32 on a GPU) whatever
 --dtype says, since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of
@@ -189,11 +189,11 @@ class Args:
     """eps_V, clip range of the value, in units of the score; 0 for no limit"""
 
 
-# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead,
+# The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
 TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
 TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, max_kl=0.1)
 TINY |= dict(cg_damping=0.03, critic_learning_rate=1e-3, update_epochs=2, value_clip=0.2)
-# and --lora-rank these: adapters take about ten times the rates of full training (Schulman et al. 2025).
+# Adapters on a pretrained model take about ten times the rates of full training (Schulman et al. 2025).
 ADAPTERS = dict(critic_learning_rate=1e-4)
 
 
@@ -522,11 +522,10 @@ def main(args, checkpoint=None):
     sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
 
     def log_samples(split, episode, rows, texts, scores, parts):
-        """Append responses, with their prompts, scores and parts, to samples.jsonl. rows: N, or one for k texts."""
+        """Append to samples.jsonl each row's prompt with a response, its score and parts."""
         with open(f"{run_dir}/samples.jsonl", "a") as file:
-            for i, text in enumerate(texts):
-                prompt = rows[i * len(rows) // len(texts)]["prompt"]
-                line = dict(split=split, episode=episode, prompt=prompt, response=text, score=scores[i].item())
+            for i, (row, text) in enumerate(zip(rows, texts)):
+                line = dict(split=split, episode=episode, prompt=row["prompt"], response=text, score=scores[i].item())
                 print(json.dumps(line | {name: values[i].item() for name, values in parts.items()}), file=file)
 
     def evaluate(episode):
@@ -575,7 +574,7 @@ def main(args, checkpoint=None):
         if args.dtype == "bfloat16":
             logprobs = batched_logprobs(policy, batch, micro_batches, args)
 
-        # ===== [2/5] Rewards (shared by all three scripts) =====
+        # ===== [2/5] Rewards, importance weights (shared by all three scripts) =====
         scores, parts = score_responses(prompt_rows, texts, facts)  # (B,)
         scores, ended = scores.to(device), torch.tensor(facts["ended"], device=device)  # (B,), (B,)
         ref_logprobs = logprobs  # (B, R)
@@ -684,7 +683,7 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            log_samples("train", episode, prompt_rows[:1], texts[: args.samples_per_prompt], scores, parts)
+            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)
             shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
             progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations

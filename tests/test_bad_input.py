@@ -15,9 +15,9 @@ from reinforce_lm import Args, policy_logprobs
 
 import pytest
 import torch
-from helpers import ROOT, SIZE, run_main, tiny_model
+from helpers import ROOT, SIZE, load_policy, run_main, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 GOOD_ROW = {"prompt": "ab", "reference": "ba"}
 
@@ -207,6 +207,18 @@ def test_context_that_is_too_short(model_folder, capsys, monkeypatch):
     capsys.readouterr()
     error = message_of(capsys, monkeypatch, "--model", folder, "--response-length", 30)
     assert "--response-length" in error and "32 positions" in error and "35" in error
+
+
+def test_the_context_is_that_of_the_part_for_text(model_folder, monkeypatch):
+    """Of a model for images and text the positions are in a configuration inside the configuration."""
+    folder = model_folder("llama")  # 32 positions
+    text = AutoConfig.from_pretrained(folder)
+    whole = types.SimpleNamespace(get_text_config=lambda: text)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: whole)
+    with pytest.raises(
+        common.InputError, match="--response-length: expected at most the model's 32 positions, found 33"
+    ):
+        load_policy(folder, None, 33)
 
 
 ROWS = [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9]}, {"input_ids": [4, 5]}]

@@ -131,6 +131,16 @@ def test_a_start_token_that_the_prompt_has_already_is_not_doubled():
     assert encode([{"role": "user", "content": "two"}], tokenizer=tokenizer) == [[1, 4]]
 
 
+def test_a_prompt_may_begin_with_one_token_twice():
+    tokenizer = character_tokenizer("ab<>!")  # which has no start token
+    assert [tokenizer.decode(ids) for ids in encode("aab", "aa", "a", tokenizer=tokenizer)] == ["aab", "aa", "a"]
+    tokenizer = metaspace_tokenizer()
+    tokenizer.add_bos_token = False
+    tokenizer.backend_tokenizer.post_processor = None
+    ids = tokenizer("one one two").input_ids
+    assert ids == [3, 3, 4] and encode("one one two", tokenizer=tokenizer) == [ids]  # with one that is not there
+
+
 def test_chat_prompts_go_through_the_template():
     tokenizer = character_tokenizer("ab<>!")
     tokenizer.chat_template = TEMPLATE
@@ -223,6 +233,11 @@ def test_sort_prompts_are_disjoint_and_their_references_sorted(monkeypatch):
     monkeypatch.undo()
     rows = common.load_rows("sort", "--dataset", Args())
     assert len({row["prompt"] for row in rows}) == len(rows) == 2**15
+
+
+def test_the_held_out_rows_are_the_same_for_all_seeds():
+    (_, train, held_out), (_, other_train, other_held_out) = [load("sort", seed=seed) for seed in (1, 2)]
+    assert held_out == other_held_out and train == other_train
 
 
 def test_jsonl_columns_and_split(tmp_path):

@@ -30,6 +30,14 @@ def with_adapters(kind, rank=2, **settings):
     return model
 
 
+@pytest.mark.parametrize("rank", [2, 64])
+def test_alpha_is_32_whatever_the_rank(rank):
+    """The change of a layer is 32 / rank times B A."""
+    layer = with_adapters("llama", rank).model.layers[0].mlp.down_proj
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), 32 / rank * product)
+
+
 def ragged_batch():
     """Sequences (8, 6+3), attention mask and response mask: four responses of 1 to 3 tokens to each of two prompts."""
     generator = torch.Generator().manual_seed(0)

@@ -142,6 +142,13 @@ def test_a_text_that_is_too_long_is_read_from_its_end(classifier):
     torch.testing.assert_close(long, reward_fn([""], ["1" * 58 + "7777"]).expand(2))
 
 
+def test_a_limit_of_the_tokenizer_counts_too(changed):
+    """Where it is below that of the positions, which may be there without having been trained."""
+    reward_fn = load(changed(lambda model, tokenizer: setattr(tokenizer, "model_max_length", 20)))
+    long = reward_fn(["1" * 30], ["7777"])
+    torch.testing.assert_close(long, load(changed())([""], ["1" * 16 + "7777"]))
+
+
 def test_the_policy_learns_to_please_it(classifier, tmp_path):
     flags = ["--reward", f"model:{classifier}", "--total-episodes", 64 * 25, "--batch-size", 64, "--eval-size", 32]
     flags += ["--learning-rate", 1e-2, "--device", "cpu", "--eval-every", 0, "--save-every", 0]

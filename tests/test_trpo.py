@@ -431,6 +431,19 @@ def test_products_have_other_rows_in_each_iteration_and_each_row_once(tmp_path, 
     assert len(rows) == 3, "one choice for all products of an iteration"
 
 
+@pytest.mark.parametrize("fraction, rows", [(0.6, 19), (0.05, 2), (0.01, 1), (1.0, 32)])
+def test_as_many_rows_are_in_the_products_as_the_fraction_says(fraction, rows, tmp_path, monkeypatch):
+    seen, product = set(), trpo_lm.fisher_vector_product
+
+    def recording_product(vector, policy, batch, micro_batches, args, out=None):
+        seen.add(sum(map(len, micro_batches)))
+        return product(vector, policy, batch, micro_batches, args, out)
+
+    monkeypatch.setattr(trpo_lm, "fisher_vector_product", recording_product)
+    trpo_run(tmp_path, "--total-episodes", 32, "--fvp-fraction", fraction)  # of batches of 32
+    assert seen == {rows}
+
+
 def test_inner_products_of_long_vectors_are_right():
     a, b = torch.randn(2, 3_000_001, generator=torch.Generator().manual_seed(0))
     exact = (a.double() @ b.double()).item()
