@@ -155,7 +155,7 @@ def mean(values, mask=None):
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     # In float64, so that the mean of equal values is that value: a rounding error would be taken for an advantage.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
-    return (total / count).to(values.dtype)
+    return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
 
 
 def variance(values, mask):

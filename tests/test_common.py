@@ -517,6 +517,13 @@ def test_numbers_are_numbers(scores):
     assert not result.requires_grad, "or the loss would train the reward"
 
 
+def test_the_mean_of_booleans_and_integers_is_no_boolean_and_no_integer():
+    assert common.mean(torch.tensor([True, False, False, True])).item() == 0.5
+    values, mask = torch.tensor([5, 2, 4, 1]), torch.tensor([True, True, True, False])
+    torch.testing.assert_close(common.mean(values, mask), torch.tensor(11 / 3))
+    assert common.mean(values.double()).dtype == torch.float64
+
+
 def test_rewards_that_ask_get_facts_and_may_return_parts():
     facts = {"ended": [True, False, True, True], "num_tokens": [1, 2, 3, 4]}
 

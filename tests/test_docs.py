@@ -16,7 +16,7 @@ import common
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, run_main
+from helpers import ROOT, SCRIPTS, reward_file, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -265,9 +265,9 @@ def recipes():
 RECIPES = recipes()
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 7
     text, changes = RECIPES[number]
     script = (re.findall(r"`(\w+)\.py`", text) or ["ppo_lm"])[-1]
     source = SOURCES[script]
@@ -279,7 +279,11 @@ def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "changed", raising=False)
     changed = importlib.import_module("changed")
     sizes = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--eval-every", 1, "--save-every", 0]
-    run_main(changed, *sizes, "--device", "cpu", "--output-dir", tmp_path / "runs")
+    code = (
+        "def fn(prompts, responses, calls=[], **_):\n    calls.append(1.0)\n    return [sum(calls)] * len(responses)\n"
+    )
+    reward = reward_file(tmp_path, code) if "best" in text else "match"  # each evaluation is better
+    run_main(changed, *sizes, "--reward", reward, "--device", "cpu", "--output-dir", tmp_path / "runs")
     (run_dir,) = tmp_path.glob("runs/*")
     assert (run_dir / "best/model").is_dir() == ("best" in text)
 
@@ -297,7 +301,7 @@ def changed_function(name, number):
 
 def test_the_dual_clip_bounds_what_a_bad_token_can_do():
     ratio, advantages = torch.tensor([0.5, 10.0, 10.0, 2.0]), torch.tensor([-1.0, -1.0, 1.0, -1.0])
-    surrogate = changed_function("clipped_surrogate", 3)(ratio, advantages, 0.2, 0.2)
+    surrogate = changed_function("clipped_surrogate", 4)(ratio, advantages, 0.2, 0.2)
     torch.testing.assert_close(surrogate, torch.tensor([-0.8, -3.0, 1.2, -2.0]))
 
 
