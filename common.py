@@ -571,7 +571,7 @@ def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
 
     All sampling goes through here: another engine, such as vLLM, has to return the same, and needs --dtype bfloat16 if
-    its rounding is not the policy's: log pi is then computed again, and the difference corrected. Tokens come from
+    its rounding is not the policy's: log pi is then computed again, and --sampler-clip corrects. Tokens come from
     softmax(logits / temperature) of the policy as it is now, or are the most likely ones if `greedy`. All ranks have to
     call this, for `sampler` gets the policy's weights.
     Returns:

@@ -44,7 +44,7 @@ learned nothing, would move the policy, and the weight between the two losses wo
 
 Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped values (9),
 an optional stop by --target-kl, in (7) a sampled KL in place of the exact one; in bfloat16, where passes that sample
-round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, C).
+round otherwise than those that train, --sampler-clip C: A_t times the importance weight min(pi_old / pi_sampler, C).
 Departures from reinforce_lm.py: a critic, and several steps per batch, for which log pi_old is remembered; and, as most
 code does, E_t divides by the number of tokens, where that script divides by the number of responses, and GAE drops the
 factor gamma^(t-1) that it keeps. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
@@ -115,8 +115,8 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    sampler_clip: NonNegative[float] = 2.0
-    """bound on importance weights pi / pi_sampler, which correct the rounding of bfloat16 in sampling; 0 for none"""
+    sampler_clip: NonNegative[float] = 0.0
+    """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
     micro_batch_tokens: Positive[int] = 4096
     """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
     rollout_tokens: Positive[int] = 262_144

@@ -34,8 +34,8 @@ is random, it would be the gradient of something else. With G_i1 the return of t
 
 For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients takes
 the place of plain gradient ascent; advantages may be divided by their standard deviation over the batch, which changes
-the norm of g but not its direction; and in bfloat16, where passes that sample round otherwise than those that train, A
-is multiplied by the truncated importance weight min(pi / pi_sampler, C) of its token. Departures from ppo_lm.py and
+the norm of g but not its direction; and in bfloat16, where passes that sample round otherwise than those that train,
+--sampler-clip C multiplies A by the truncated importance weight min(pi / pi_sampler, C). Departures from ppo_lm.py and
 trpo_lm.py: one gradient step per batch, no critic, and gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
@@ -104,8 +104,8 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    sampler_clip: NonNegative[float] = 2.0
-    """bound on importance weights pi / pi_sampler, which correct the rounding of bfloat16 in sampling; 0 for none"""
+    sampler_clip: NonNegative[float] = 0.0
+    """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
     micro_batch_tokens: Positive[int] = 4096
     """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
     rollout_tokens: Positive[int] = 262_144

@@ -50,7 +50,7 @@ trunk its gradient would move the policy out of the trust region.
 Departures from the paper: damping relative to the curvature along g, so that one value serves models of all sizes; a
 fraction of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
 delta that falls to 0 over the run, since steps of a fixed size would never settle; and in bfloat16, where passes that
-sample round otherwise than those that train, A_t times the truncated importance weight min(pi_old / pi_sampler, C).
+sample round otherwise, --sampler-clip C: A_t times the importance weight min(pi_old / pi_sampler, C).
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
 per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 (TF32 on a GPU) whatever
 --dtype says, since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of
@@ -123,8 +123,8 @@ class Args:
     """longest response, in tokens, the end token included"""
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
-    sampler_clip: NonNegative[float] = 2.0
-    """bound on importance weights pi / pi_sampler, which correct the rounding of bfloat16 in sampling; 0 for none"""
+    sampler_clip: NonNegative[float] = 0.0
+    """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
     micro_batch_tokens: Positive[int] = 4096
     """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
     rollout_tokens: Positive[int] = 262_144
