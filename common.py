@@ -91,8 +91,9 @@ def parse_flags(args_class, tiny, adapters, argv=None):
     about = f"Defaults of --model tiny: {tiny}. Defaults with --lora-rank: {adapters}."
     args = tyro.cli(args_class, args=argv, description=about)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    values = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
-    defaults = args_class(**(checkpoint["args"] if checkpoint else values))
+    values = checkpoint["args"] if checkpoint else tiny if args.model == "tiny" else adapters if args.lora_rank else {}
+    require(values.keys() <= get_type_hints(args_class).keys(), "--resume", "a run of this script", args.resume)
+    defaults = args_class(**values)
     return tyro.cli(args_class, args=argv, default=defaults, description=about), checkpoint
 
 
@@ -502,11 +503,13 @@ def load_rows(dataset, flag, args):
     for name, column in (("--prompt-column", args.prompt_column), ("--reference-column", args.reference_column)):
         is_known = column in columns or (name, column) == ("--reference-column", "reference")  # need not be there
         require(is_known, name, f"one of the columns {sorted(columns)} of {dataset}", column)
+    kind = list if isinstance(rows[0][args.prompt_column], list) else str
     for number, row in enumerate(rows, 1):
         where = f"{flag} {dataset} row {number}"
         require(set(row) == columns, where, f"the columns {sorted(columns)}", sorted(row))
         prompt, reference = row.pop(args.prompt_column), row.pop(args.reference_column, None)
-        require(prompt and isinstance(prompt, (str, list)), where, "a prompt, text or a list of messages", repr(prompt))
+        is_prompt = prompt and isinstance(prompt, kind)
+        require(is_prompt, where, "a prompt, in all rows text or in all a list of messages", repr(prompt))
         row["prompt"] = prompt
         if args.reference_column in columns:
             row["reference"] = reference
@@ -517,7 +520,7 @@ def load_rows(dataset, flag, args):
 def encode_prompts(tokenizer, rows, prompt_length):
     """Add `input_ids` to the rows. Prompts that are lists of messages go through the tokenizer's chat template."""
     prompts = [row["prompt"] for row in rows]
-    with input_errors("--model: its tokenizer has to know the prompts, with a chat template if they are messages"):
+    with input_errors("--model: its tokenizer has to know the prompts"):
         if isinstance(prompts[0], str):
             ids = tokenizer(prompts).input_ids
             is_special = tokenizer(prompts[0], return_special_tokens_mask=True).special_tokens_mask
@@ -525,10 +528,11 @@ def encode_prompts(tokenizer, rows, prompt_length):
             ids = [tokens[: len(tokens) - num_closing] for tokens in ids]
         else:
             ids = []
-            for chat in prompts:  # an answer that has begun is continued
-                begun = chat[-1]["role"] == "assistant"
-                settings = dict(add_generation_prompt=not begun, continue_final_message=begun, return_dict=False)
-                ids.append(tokenizer.apply_chat_template(chat, **settings))
+            for number, chat in enumerate(prompts, 1):
+                with input_errors(f"--model: it has to have a chat template that fits the messages of row {number}"):
+                    begun = chat[-1]["role"] == "assistant"  # an answer that has begun is continued
+                    settings = dict(add_generation_prompt=not begun, continue_final_message=begun, return_dict=False)
+                    ids.append(tokenizer.apply_chat_template(chat, **settings))
     for number, (row, tokens) in enumerate(zip(rows, ids), 1):
         has_two = len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id  # its own and the tokenizer's
         row["input_ids"] = tokens = tokens[1:] if has_two else tokens

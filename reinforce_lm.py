@@ -280,7 +280,7 @@ def main(args, checkpoint=None):
         for name, pair in trained.items():
             set_state_dict(*pair, **checkpoint[name], options=common.STATE)
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
-        start_time -= state.seconds
+        start_time -= state.seconds if num_iterations else 0
     if rank == 0:
         name = f"{script}__{Path(args.model).name}__{Path(args.dataset).stem}__{args.seed}"
         run_dir = f"{Path(args.output_dir).expanduser()}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -327,8 +327,8 @@ def main(args, checkpoint=None):
         common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
     if not checkpoint or not num_iterations:
         state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
-    done = first_iteration - 1
-    progress = tqdm(range(done + 1, num_iterations + 1), script, num_iterations, initial=done, disable=rank > 0)
+    steps = range(first_iteration, num_iterations + 1)
+    progress = tqdm(steps, script, num_iterations, initial=first_iteration - 1, disable=rank > 0 or not steps)
     for iteration in progress:
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_start = time.time()
@@ -433,9 +433,9 @@ def main(args, checkpoint=None):
     weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
-        summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items()}
+        summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items() if num_iterations}
         summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
-        episodes = max(num_iterations, done) * args.batch_size
+        episodes = max(num_iterations, first_iteration - 1) * args.batch_size
         summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if weights:

@@ -600,8 +600,27 @@ def test_a_checkpoint_is_evaluated_with_the_settings_of_its_run_which_stays_as_i
     assert samples(evaluation) == samples(run_dir)[-4:] != samples(run_dir)[:4]
     first, again = summary(run_dir), summary(evaluation)
     assert again["episodes"] == 64 and again["run_dir"] == str(evaluation)
-    assert again["eval_score"] == again["eval_score_before"] == first["eval_score"] != first["eval_score_before"]
+    assert again["eval_score"] == first["eval_score"] != first["eval_score_before"] and "eval_score_before" not in again
     assert not list(evaluation.glob("checkpoint*")) and not (evaluation / "model").exists()
+
+
+def test_seconds_are_those_of_the_run_or_of_an_evaluation_alone(tmp_path):
+    run_dir = run_in(tmp_path / "runs", reinforce_lm, *FEW)
+    (path,) = run_dir.glob("checkpoint*")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state"]["seconds"] = 1e6
+    torch.save(checkpoint, path)
+    evaluation = run_in(tmp_path / "evaluations", reinforce_lm, "--resume", run_dir, "--total-episodes", 0)
+    assert 0 < summary(evaluation)["seconds"] < 1e5
+    run_main(reinforce_lm, "--resume", run_dir)
+    assert summary(run_dir)["seconds"] > 1e6
+
+
+@pytest.mark.parametrize("other", ["ppo_lm", "trpo_lm"])
+def test_a_run_of_another_script_is_refused(other, tmp_path):
+    run_dir, other = run_in(tmp_path, reinforce_lm, *FEW), importlib.import_module(other)
+    with pytest.raises(common.InputError, match="--resume: expected a run of this script, found "):
+        common.parse_flags(other.Args, other.TINY, other.ADAPTERS, ["--resume", str(run_dir)])
 
 
 def test_what_a_run_reads_may_move_but_not_change(tmp_path, model_folder, capsys):
@@ -718,7 +737,7 @@ def test_a_model_is_evaluated_on_other_prompts_without_training(script, tmp_path
     run_dir = run_in(tmp_path / "runs", script, *flags)
     assert asked == [row["prompt"] for row in rows[:7]] == [line["prompt"] for line in samples(run_dir)]
     final = final_line(capsys.readouterr().out)
-    assert final["eval_score"] == final["eval_score_before"] == "3.000" and final["episodes"] == "0"
+    assert final["eval_score"] == "3.000" and "eval_score_before" not in final and final["episodes"] == "0"
     assert set(scalars(run_dir)) == {"eval/score", "eval/end"}
     assert not (run_dir / "model").exists()
 
