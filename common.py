@@ -14,8 +14,8 @@ tokens p and a response of two tokens a and an end token e:
     logits at column              2    3    4                  (n, V)      predict a1, a2, e: one column earlier
     values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e, pad, and after it
 
-The mask ends after the first end token that was sampled, an action like any other. It is made once, by the rollout.
-Nothing compares ids with the padding id, which may be the end token's:
+Without tools the mask ends after the first end token that was sampled, an action like any other. It is made once, by
+the rollout. Nothing compares ids with the padding id, which may be the end token's:
 
 >>> responses = torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0], [5, 7, 9, 8]])  # 0 is the end token and also the padding
 >>> response_mask = mask_through_first_end(responses, end_ids=[0])
@@ -263,7 +263,7 @@ def load_policy(args, tokenizer, rows):
     require(head is not None, "--model", "a language model with a head", type(policy))
     head.forward = types.MethodType(full_precision_product, head)  # a copy of the policy has it, bound to its own head
     if args.lora_rank:
-        add_adapters(policy, args)  # in place; the wrapper is only for saving
+        add_adapters(policy, args)  # in place; `save_model` makes a wrapper of its own
     return policy.eval()
 
 
@@ -356,7 +356,7 @@ def micro_batches_of(groups, attention_mask, args):
 
     groups: the k row indices of each prompt. They stay together, for `share_prompts` runs a prompt once, or else rows
     of like length do, whichever computes fewer tokens. The longest responses, which need most memory, come first, and
-    no response of a micro-batch is less than half as long as its first.
+    no response of a micro-batch is shorter than two thirds of its first.
     """
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
@@ -370,7 +370,7 @@ def micro_batches_of(groups, attention_mask, args):
         while len(order):
             # Tokens of a pass with the first unit, with the first two, and so on.
             tokens = torch.arange(1, len(order) + 1) * (prompts.cummax(0).values + units.shape[1] * responses[0])
-            fits = (tokens <= args.micro_batch_tokens) & (2 * responses >= responses[0])  # True, and then False
+            fits = (tokens <= args.micro_batch_tokens) & (3 * responses >= 2 * responses[0])  # True, and then False
             size = max(1, fits.sum().item())
             cost += tokens[size - 1].item()
             micro_batches.append(units[order[:size]].flatten())
@@ -574,10 +574,10 @@ def mask_through_first_end(responses, end_ids):
 def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
 
-    All sampling goes through here: another engine, such as vLLM, has to return the same, and needs --dtype bfloat16 if
-    its rounding is not the policy's: log pi is then computed again, and --sampler-clip corrects. Tokens come from
-    softmax(logits / temperature) of the policy as it is now, or are the most likely ones if `greedy`. All ranks have to
-    call this, for `sampler` gets the policy's weights.
+    All sampling goes through here: another engine, such as vLLM, has to return the same. If it rounds otherwise, give
+    --dtype bfloat16, since REINFORCE and TRPO take these log-probabilities for log pi in float32; --sampler-clip
+    corrects the difference, and `try_model` has to accept it. Tokens come from softmax(logits / temperature) of the
+    policy as it is now, or are the most likely ones if `greedy`. All ranks call this, and `sampler` gets the weights.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
         response_mask: (N k, R), True for tokens that were sampled, the end token included; the score goes to the last.
@@ -597,7 +597,7 @@ def sample(sampler, policy, tokenizer, end_ids, args, rows, samples_per_prompt=1
         results = [rollout(sampler, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-    # Tokens of a tool would be real here, and in the texts, but not in the response mask.
+    # Tokens of a tool would be real here, but not in the response mask; `lengths` and `tokens` would need them, too.
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]

@@ -327,8 +327,8 @@ def main(args, checkpoint=None):
         common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
     if not checkpoint or not num_iterations:
         state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
-    steps = range(first_iteration, num_iterations + 1)
-    progress = tqdm(steps, script, num_iterations, initial=first_iteration - 1, disable=rank > 0 or not steps)
+    done, left = first_iteration - 1, range(first_iteration, num_iterations + 1)  # iterations
+    progress = tqdm(left, script, num_iterations, initial=done, disable=rank > 0 or not left)
     for iteration in progress:
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_start = time.time()
@@ -435,7 +435,7 @@ def main(args, checkpoint=None):
         writer.close()
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items() if num_iterations}
         summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
-        episodes = max(num_iterations, first_iteration - 1) * args.batch_size
+        episodes = max(num_iterations, done) * args.batch_size
         summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if weights:

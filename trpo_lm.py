@@ -18,7 +18,7 @@ with a positive advantage become more likely. Generalized advantage estimation (
     (4)  A_t     = sum_{l >= t} (gamma lambda)^(l-t) delta_l                               GAE, eq. 16 of that paper
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
-V is 0 after an end token. A response that is cut at the length limit has not ended: with --truncation terminal the
+After an end token V counts as 0. A response cut at the length limit has not ended: with --truncation terminal the
 limit counts as an end, which makes it part of the task; with bootstrap V of the state after the last token stands in.
 
 TRPO (Schulman et al. 2015) takes one step per batch, as far as a trust region around the old policy allows. With
@@ -260,7 +260,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each response token, and of the one after the last: (b, P+R) -> (b, R+1)."""
+        """Values of the states before each of the R columns, padding too, and after the last: (b, P+R) -> (b, R+1)."""
         sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with common.autocast(sequences.device, args):
             inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)  # runs prompts
@@ -553,8 +553,8 @@ def main(args, checkpoint=None):
         common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
     if not checkpoint or not num_iterations:
         state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
-    steps = range(first_iteration, num_iterations + 1)
-    progress = tqdm(steps, script, num_iterations, initial=first_iteration - 1, disable=rank > 0 or not steps)
+    done, left = first_iteration - 1, range(first_iteration, num_iterations + 1)  # iterations
+    progress = tqdm(left, script, num_iterations, initial=done, disable=rank > 0 or not left)
     for iteration in progress:
         # ===== [1/5] Rollout (shared by all three scripts) =====
         iteration_start = time.time()
@@ -600,7 +600,7 @@ def main(args, checkpoint=None):
         # ===== [3/5] Generalized advantages (algorithm) =====
         all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R)
-        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), and so has R tokens
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), rows that fill all R columns
         value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, value_after, args.gamma, args.gae_lambda
@@ -703,7 +703,7 @@ def main(args, checkpoint=None):
         writer.close()
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items() if num_iterations}
         summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
-        episodes = max(num_iterations, first_iteration - 1) * args.batch_size
+        episodes = max(num_iterations, done) * args.batch_size
         summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if weights:

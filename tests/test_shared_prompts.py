@@ -209,7 +209,7 @@ def flat(tensors):
 def count_tokens(lines, prompts, lengths, budget):
     """Brute force: tokens of the passes over lines of rows that fill the budget, those with long responses first.
 
-    A pass ends before a line whose longest response is less than half as long as the longest.
+    A pass ends before a line whose longest response is shorter than two thirds of the longest.
 
     prompts: of each row, equally long. The last token of a row is only predicted, and is not run.
     """
@@ -217,7 +217,7 @@ def count_tokens(lines, prompts, lengths, budget):
     total, shared = 0, len(prompts[0]) - 1
     while lines:
         longest, k = max(lengths[row] for row in lines[0]), len(lines[0])
-        at_once = sum(2 * max(lengths[row] for row in line) >= longest for line in lines)
+        at_once = sum(3 * max(lengths[row] for row in line) >= 2 * longest for line in lines)
         at_once = min(at_once, max(1, budget // (len(prompts[0]) + k * longest)))
         rows, lines = sum(lines[:at_once], []), lines[at_once:]
         runs = 1 + sum(prompts[a][:-1] != prompts[b][:-1] for a, b in zip(rows, rows[1:]))  # of rows that share
@@ -250,8 +250,8 @@ def test_the_layout_that_computes_fewer_tokens_is_chosen(prompt_length, k, budge
     for rows, first, following in zip(micro_batches, longest, [*longest[1:], 0]):
         lines, width = rows.view(-1, per_line).tolist(), prompt_length + per_line * first
         assert len(lines) == 1 or len(lines) * width <= budget
-        assert all(2 * max(lengths[row] for row in line) >= first for line in lines), "no response that is much shorter"
-        assert (len(lines) + 1) * width > budget or 2 * following < first, "no room for one more line"
+        assert all(3 * max(lengths[row] for row in line) >= 2 * first for line in lines)
+        assert (len(lines) + 1) * width > budget or 3 * following < 2 * first, "no room for one more line"
 
 
 def test_a_long_prompt_narrows_only_its_own_micro_batch():
