@@ -32,6 +32,7 @@ import json
 import os
 import sys
 import types
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -290,7 +291,7 @@ def add_adapters(policy, args):
     """Freeze the policy, give all linear layers but the head LoRA adapters (Hu et al. 2022), and return peft's wrapper.
 
     Reference and critic are copies with adapters of their own on the same base. With --dtype bfloat16 that is held in
-    bfloat16, as autocast would cast it anyway.
+    bfloat16, as autocast would cast it anyway; but not for TRPO, whose update is in float32.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -298,8 +299,8 @@ def add_adapters(policy, args):
     config = LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapper = get_peft_model(policy, config, autocast_adapter_dtype=False)
     for name, parameter in policy.named_parameters():
-        if name.endswith("base_layer.weight"):
-            parameter.data = parameter.data.to(getattr(torch, args.dtype))
+        if name.endswith("base_layer.weight") and args.dtype == "bfloat16" and not hasattr(args, "max_kl"):
+            parameter.data = parameter.data.bfloat16()
     return wrapper
 
 
@@ -813,6 +814,9 @@ def load_reward(args, device, rows):
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", reward_fn)
     facts = {"ended": [True], "num_tokens": [1]}
     _, parts = score_responses(reward_fn, args, None, rows[:1], [""], facts)  # the trial
+    digest = torch.tensor(zlib.crc32(str(sorted(parts)).encode()), device=device)
+    range_of_ranks = all_reduce(digest, "max") + all_reduce(-digest, "max")  # the largest less the smallest
+    require(range_of_ranks == 0, f"--reward {name}", "parts of the same names on all ranks", set(parts))
     return functools.partial(score_responses, reward_fn, args, set(parts))
 
 
@@ -820,7 +824,7 @@ def score_responses(reward_fn, args, part_names, rows, responses, facts):
     """Call the reward function and check what it returns: scores, or scores and a dictionary of parts.
 
     Args:
-        part_names: the names that parts have to have, or None for any.
+        part_names: the names that parts have to have, on all ranks, or None for any.
         rows: N rows of a data set. responses: N k texts, the k of one prompt next to each other.
         facts: lists with an entry for each response, which the function gets if it has a parameter of that name.
     Returns (N k,) tensors on the CPU: the scores, and a dictionary of parts.

@@ -432,7 +432,7 @@ def main(args, checkpoint=None):
         importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
             importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
-            is_clipped = (importance_weights == args.sampler_clip).float()  # (B, R)
+            is_clipped = importance_weights == args.sampler_clip  # (B, R)
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====

@@ -488,7 +488,6 @@ def main(args, checkpoint=None):
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and its optimizer (algorithm) =====
-    policy.float()  # the frozen layers of adapters too, for its update is in float32
     critic = common.prepare(Critic(policy), device, args)
     policy = common.prepare(policy, device, args, spread=False)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
@@ -594,7 +593,7 @@ def main(args, checkpoint=None):
         importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
             importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
-            is_clipped = (importance_weights == args.sampler_clip).float()  # (B, R)
+            is_clipped = importance_weights == args.sampler_clip  # (B, R)
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====

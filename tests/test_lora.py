@@ -78,7 +78,7 @@ def test_the_base_is_shared_and_stays_what_it_was(script, dtype, tmp_path, model
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert len(critics) == (script != "reinforce_lm") and all(sampler is policy for sampler in samplers)
     assert not trained_names(reference)
-    if dtype == "float32":
+    if dtype == "float32" or script == "trpo_lm":
         assert torch.equal(reference(IDS).logits, base(IDS).logits)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = [network.model(IDS).last_hidden_state for network in (base, reference, policy)]

@@ -250,10 +250,11 @@ PARTS_THERE = "return [0.0] * len(responses), {'part': [0.0] * len(responses)}"
 WRONG = [
     ("return [0.0]", 3, "expected a list of 16 finite scores, found [0.0]"),
     (PARTS_THERE, 3, "expected the parts of its first call, set(), found {'part'}"),
+    (PARTS_THERE, 1, "parts"),
 ]
 
 
-@pytest.mark.parametrize("on_rank_1, first, expected", WRONG, ids=["scores", "parts"])
+@pytest.mark.parametrize("on_rank_1, first, expected", WRONG, ids=["scores", "parts", "parts from the start"])
 def test_a_reward_that_fails_on_one_rank_is_one_line_there(on_rank_1, first, expected, tmp_path):
     flags = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 0, "--output-dir", tmp_path / "runs"]
     flags += ["--reward", reward_file(tmp_path, on_rank_1, first), "--device", "cpu"]
