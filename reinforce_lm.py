@@ -58,7 +58,6 @@ from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_g
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -70,8 +69,6 @@ class Args:
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
     """rank of LoRA adapters (alpha 32) on all linear layers but the head (pip install peft); 0 trains all weights"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of passes: auto is bfloat16 on a GPU, float32 on a CPU; trained weights and logits are in float32"""
     activation_checkpointing: bool = False
@@ -256,9 +253,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    sampler, reference = policy, None
-    if world_size > 1:  # the policy will be spread over the ranks; each samples with a whole copy
-        sampler = common.copy_network(policy).to(device)
+    reference = None
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -267,7 +262,7 @@ def main(args, checkpoint=None):
     common.require(not is_single_sample, "--samples-per-prompt", "at least 2 for --baseline leave_one_out", 1)
     policy = common.prepare(policy, device, args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    trained = {"policy": (policy, optimizer)}  # what a checkpoint holds
+    networks, optimizers = {"policy": policy}, {"policy": optimizer}  # what a checkpoint holds
     state = SimpleNamespace(kl_ref_coef=args.kl_ref_coef, ema_baseline=None)  # and what goes to the next iteration
 
     # ===== Resume, run directory, sampling, evaluation (shared by all three scripts) =====
@@ -277,8 +272,10 @@ def main(args, checkpoint=None):
     if checkpoint:  # paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
-        for name, pair in trained.items():
-            set_state_dict(*pair, **checkpoint[name], options=common.STATE)
+        for name, network in networks.items():
+            network.load_state_dict(checkpoint["weights"][name], strict=False)  # which has no frozen ones
+        for name, its_optimizer in optimizers.items():
+            its_optimizer.load_state_dict(checkpoint["optimizers"][name])
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
         start_time -= state.seconds if num_iterations else 0
     if rank == 0:
@@ -293,7 +290,7 @@ def main(args, checkpoint=None):
         about += f" {len(eval_rows):,} held-out prompts, {num_iterations:,} x {args.batch_size:,} responses"
         print(f"{script}: {about}, run directory {run_dir}")
 
-    sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
+    sample = functools.partial(common.sample, policy, tokenizer, end_ids, args)
 
     def log_samples(split, episode, rows, texts, scores, parts):
         """Append to samples.jsonl each row's prompt with a response, its score and parts."""
@@ -324,7 +321,7 @@ def main(args, checkpoint=None):
         return means
 
     if not checkpoint:
-        common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
+        common.try_model(policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
     if not checkpoint or not num_iterations:
         state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
     done, left = first_iteration - 1, range(first_iteration, num_iterations + 1)  # iterations
@@ -421,16 +418,14 @@ def main(args, checkpoint=None):
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             state.after = evaluate(episode)
-        if args.save_every and (is_last or iteration % args.save_every == 0):
-            states = {name: common.gather_state(*pair) for name, pair in trained.items()}
+        if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
             state.seconds = time.time() - start_time
-            if rank == 0:
-                kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
-                common.save_checkpoint(run_dir, iteration, states | kept | {"state": vars(state)})
-            del states  # as large as all that is trained
+            kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
+            kept |= {"weights": {name: common.trained_parameters(network) for name, network in networks.items()}}
+            kept |= {"optimizers": {name: its.state_dict() for name, its in optimizers.items()}, "state": vars(state)}
+            common.save_checkpoint(run_dir, iteration, kept)
 
     # ===== Finish (shared by all three scripts) =====
-    weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items() if num_iterations}
@@ -438,8 +433,8 @@ def main(args, checkpoint=None):
         episodes = max(num_iterations, done) * args.batch_size
         summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if weights:
-            common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)
+        if num_iterations:
+            common.save_model(policy, tokenizer, args, run_dir)
         print("final", *[f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()])
     if world_size > 1:
         dist.destroy_process_group()

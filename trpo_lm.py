@@ -57,8 +57,7 @@ per batch, no policy optimizer and no policy learning rate. The policy's update 
 tokens, where reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
-D number of trained parameters. With several ranks the policy is whole on each, and so are TRPO's vectors. common.py
-begins with a drawing of how prompts, responses and values are aligned.
+D number of trained parameters. common.py begins with a drawing of how prompts, responses and values are aligned.
 """
 
 # ===== Imports (shared by all three scripts) =====
@@ -77,7 +76,6 @@ from common import NonNegative, Positive, UpToOne, ZeroToOne, all_reduce, make_g
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -89,8 +87,6 @@ class Args:
     """folder or hub name of a causal language model; tiny is a GPT-2 of about 100k random parameters"""
     lora_rank: NonNegative[int] = 0
     """rank of LoRA adapters (alpha 32) on all linear layers but the head (pip install peft); 0 trains all weights"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of passes: auto is bfloat16 on a GPU, float32 on a CPU; trained weights and logits are in float32"""
     activation_checkpointing: bool = False
@@ -312,21 +308,16 @@ def dot(a, b):
     return torch.stack(pieces).double().sum().item()
 
 
-def trained_parameters(policy):
-    """{name: parameter}, with adapters those alone."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-
-
 def unflatten(vector, policy):
     """A (D,) vector as a dictionary from parameter names to views of it, in the parameters' shapes."""
-    parameters = trained_parameters(policy)
+    parameters = common.trained_parameters(policy)
     pieces = vector.split([parameter.numel() for parameter in parameters.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
 
 def take_gradient(policy, out=None):
     """The gradient that the backward passes added up, of all ranks, as one (D,) vector, `out` if given; it is reset."""
-    parameters = trained_parameters(policy).values()  # an expert that no token was routed to has no gradient
+    parameters = common.trained_parameters(policy).values()  # an expert that no token was routed to has no gradient
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     vector = torch.cat([gradient.flatten() for gradient in gradients], out=out)
     policy.zero_grad()
@@ -358,7 +349,7 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
 @torch.no_grad()
 def jacobian_vector_product(policy, vector, inputs, args):
     """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (n, V), (n, V)."""
-    forward_ad, parameters = torch.autograd.forward_ad, trained_parameters(policy)
+    forward_ad, parameters = torch.autograd.forward_ad, common.trained_parameters(policy)
     with forward_ad.dual_level(), plain_attention():
         tangents = unflatten(vector, policy).items()
         duals = {name: forward_ad.make_dual(parameters[name].detach(), tangent) for name, tangent in tangents}
@@ -455,7 +446,7 @@ def line_search(policy, theta, step, predicted_gain, gain_and_kl, max_kl, args):
     theta, step: (D,). predicted_gain: of the full step. gain_and_kl: function () -> gain and KL of the current policy.
     Returns fraction (0 if no step passed, and theta is back, bit for bit), gain, kl, steps tried.
     """
-    parameters = trained_parameters(policy).values()
+    parameters = common.trained_parameters(policy).values()
     max_tries = args.backtrack_iters if 0 < predicted_gain < torch.inf else 0  # a zero or NaN gradient has no step
     for tried in range(max_tries):
         fraction = args.backtrack_coeff**tried
@@ -481,17 +472,15 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    sampler, reference = policy, None
-    if world_size > 1:  # the policy will be spread over the ranks; each samples with a whole copy
-        sampler = common.copy_network(policy).to(device)
+    reference = None
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
     # ===== Critic and its optimizer (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
-    policy = common.prepare(policy, device, args, spread=False)
+    policy = common.prepare(policy, device, args)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
-    trained = {"policy": (policy, []), "critic": (critic, critic_optimizer)}  # what a checkpoint holds
+    networks, optimizers = {"policy": policy, "critic": critic}, {"critic": critic_optimizer}  # what a checkpoint holds
     state = SimpleNamespace(kl_ref_coef=args.kl_ref_coef)  # and what goes from one iteration to the next
     float32_args = Args(**asdict(args) | {"dtype": "float32"})  # for the policy's update
 
@@ -502,8 +491,10 @@ def main(args, checkpoint=None):
     if checkpoint:  # paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
-        for name, pair in trained.items():
-            set_state_dict(*pair, **checkpoint[name], options=common.STATE)
+        for name, network in networks.items():
+            network.load_state_dict(checkpoint["weights"][name], strict=False)  # which has no frozen ones
+        for name, its_optimizer in optimizers.items():
+            its_optimizer.load_state_dict(checkpoint["optimizers"][name])
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
         start_time -= state.seconds if num_iterations else 0
     if rank == 0:
@@ -518,7 +509,7 @@ def main(args, checkpoint=None):
         about += f" {len(eval_rows):,} held-out prompts, {num_iterations:,} x {args.batch_size:,} responses"
         print(f"{script}: {about}, run directory {run_dir}")
 
-    sample = functools.partial(common.sample, sampler, policy, tokenizer, end_ids, args)
+    sample = functools.partial(common.sample, policy, tokenizer, end_ids, args)
 
     def log_samples(split, episode, rows, texts, scores, parts):
         """Append to samples.jsonl each row's prompt with a response, its score and parts."""
@@ -549,7 +540,7 @@ def main(args, checkpoint=None):
         return means
 
     if not checkpoint:
-        common.try_model(sampler, policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
+        common.try_model(policy, tokenizer, end_ids, args, policy_logprobs, train_rows + eval_rows)
     if not checkpoint or not num_iterations:
         state.before = state.after = evaluate((first_iteration - 1) * args.batch_size)
     done, left = first_iteration - 1, range(first_iteration, num_iterations + 1)  # iterations
@@ -617,7 +608,7 @@ def main(args, checkpoint=None):
         remaining = 1 - (iteration - 1) / num_iterations  # of the run
         max_kl = args.max_kl * (remaining if args.anneal_max_kl else 1)
         num_tokens = all_reduce(response_mask.sum())
-        theta = torch.nn.utils.parameters_to_vector(trained_parameters(policy).values()).detach()  # (D,)
+        theta = torch.nn.utils.parameters_to_vector(common.trained_parameters(policy).values()).detach()  # (D,)
         g, means = surrogate_gradient(  # (D,)
             policy, batch, micro_batches, advantages, sampler_logprobs, num_tokens, float32_args
         )
@@ -688,16 +679,14 @@ def main(args, checkpoint=None):
         is_last = iteration == num_iterations
         if is_last or (args.eval_every and iteration % args.eval_every == 0):
             state.after = evaluate(episode)
-        if args.save_every and (is_last or iteration % args.save_every == 0):
-            states = {name: common.gather_state(*pair) for name, pair in trained.items()}
+        if rank == 0 and args.save_every and (is_last or iteration % args.save_every == 0):
             state.seconds = time.time() - start_time
-            if rank == 0:
-                kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
-                common.save_checkpoint(run_dir, iteration, states | kept | {"state": vars(state)})
-            del states  # as large as all that is trained
+            kept = {"args": asdict(args), "sizes": sizes, "digest": digest, "iteration": iteration}
+            kept |= {"weights": {name: common.trained_parameters(network) for name, network in networks.items()}}
+            kept |= {"optimizers": {name: its.state_dict() for name, its in optimizers.items()}, "state": vars(state)}
+            common.save_checkpoint(run_dir, iteration, kept)
 
     # ===== Finish (shared by all three scripts) =====
-    weights = common.gather_state(policy)["model_state_dict"] if num_iterations else None
     if rank == 0:
         writer.close()
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items() if num_iterations}
@@ -705,8 +694,8 @@ def main(args, checkpoint=None):
         episodes = max(num_iterations, done) * args.batch_size
         summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if weights:
-            common.save_model(policy, weights, tokenizer, args, train_rows + eval_rows, run_dir)
+        if num_iterations:
+            common.save_model(policy, tokenizer, args, run_dir)
         print("final", *[f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()])
     if world_size > 1:
         dist.destroy_process_group()

@@ -39,12 +39,12 @@ def install():
     sample, last, updates = common.sample, [], itertools.count(1)
 
     @torch.no_grad()
-    def measuring_sample(sampler, policy, tokenizer, end_ids, args, *others, **settings):
+    def measuring_sample(policy, tokenizer, end_ids, args, *others, **settings):
         is_batch = len(others) == 2  # rows and samples per prompt: no evaluation and no trial
         if last and is_batch:
             kl = trpo_lm.exact_kl(last[1], common.response_logits(policy, *last[0], args), args.temperature).mean()
             print("record", json.dumps(["kl", kl.item(), next(updates), 0, 0]))
-        results = sample(sampler, policy, tokenizer, end_ids, args, *others, **settings)
+        results = sample(policy, tokenizer, end_ids, args, *others, **settings)
         if is_batch:
             last[:] = results[:3], common.response_logits(policy, *results[:3], args)  # (n, V)
         return results

@@ -96,7 +96,7 @@ def evaluate(folder, rows):
     for kind, greedy in (("sampled", False), ("greedy", True)):
         generator = common.make_generator("cpu", 0)
         end_ids = [tokenizer.eos_token_id]
-        *_, texts, _ = common.sample(model, model, tokenizer, end_ids, flags, rows, generator=generator, greedy=greedy)
+        *_, texts, _ = common.sample(model, tokenizer, end_ids, flags, rows, generator=generator, greedy=greedy)
         results[f"ROUGE-L {kind}"] = common.rouge_reward(None, texts, references)
         results[f"BLEU {kind}"] = common.bleu_reward(None, texts, references)
         results[f"chrF {kind}"] = [sentence_chrf(*pair).score / 100 for pair in zip(texts, zip(references))]

@@ -216,7 +216,7 @@ def measure(case):
             responses, mask, _ = common.rollout(policy, *prompts, end_ids, args, **settings)
             common.decode(tokenizer, responses, mask)
         else:
-            mask = common.sample(policy, policy, tokenizer, end_ids, args, rows, **settings)[2]
+            mask = common.sample(policy, tokenizer, end_ids, args, rows, **settings)[2]
         found.tokens = mask.sum().item()
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import common
-import trpo_lm
 
 import torch
 import tyro
@@ -70,7 +69,7 @@ def run_main(script, *flags):
         if "--resume" in argv:
             return script.main(*common.parse_flags(script.Args, script.TINY, script.ADAPTERS, argv))
         return script.main(tyro.cli(script.Args, args=argv, default=script.Args(**script.TINY)))
-    except common.InputError as error:  # as Python does
+    except SystemExit as error:  # as Python does
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
 
@@ -145,11 +144,9 @@ def finish(processes, outputs, seconds=300):
         running = {process: output for process, output in running.items() if process not in ended}
 
 
-def load_policy(model, tokenizer, context_length, seed=1, trust_remote_code=False):
+def load_policy(model, tokenizer, context_length, seed=1):
     """`common.load_policy` for one prompt and response of `context_length` tokens."""
-    flags = argparse.Namespace(
-        model=model, seed=seed, trust_remote_code=trust_remote_code, response_length=1, lora_rank=0
-    )
+    flags = argparse.Namespace(model=model, seed=seed, response_length=1, lora_rank=0)
     return common.load_policy(flags, tokenizer, [{"input_ids": [0] * (context_length - 1)}])
 
 
@@ -164,7 +161,7 @@ def rollout(model, prompts, prompt_mask, response_length, end_ids, samples_per_p
 def flat_gradient(optimizer):
     """The gradient that `optimizer` is about to step with, of all ranks, as one vector in float64."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.cat([common.whole(gradient).flatten().double() for gradient in gradients])
+    return torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
 @contextlib.contextmanager
@@ -185,9 +182,9 @@ def recorded_gradients(optimizer_class, record=flat_gradient):
 
 def flatten(policy):
     """The trained parameters as one (D,) vector, copied."""
-    return torch.nn.utils.parameters_to_vector(trpo_lm.trained_parameters(policy).values()).detach()
+    return torch.nn.utils.parameters_to_vector(common.trained_parameters(policy).values()).detach()
 
 
 def set_parameters(policy, vector):
     """Copy a (D,) vector into the trained parameters."""
-    torch.nn.utils.vector_to_parameters(vector, trpo_lm.trained_parameters(policy).values())
+    torch.nn.utils.vector_to_parameters(vector, common.trained_parameters(policy).values())

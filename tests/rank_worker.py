@@ -5,12 +5,8 @@ spread over ranks.
 """
 
 import copy
-import ctypes
-import gc
 import importlib
 import os
-from pathlib import Path
-from types import SimpleNamespace
 
 import common
 import ppo_lm
@@ -20,9 +16,7 @@ import peft  # noqa: F401  here and in the next line, once and not in each proce
 import torch
 import torch._decomp.decompositions_for_jvp
 from helpers import SHAPES, flatten, run_main, set_parameters, tiny_model
-from test_shared_prompts import groups_of, make_batch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from test_shared_prompts import make_batch
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
 ONE, SMALL = ["--num-minibatches", 1], ["--micro-batch-tokens", 80]
@@ -73,7 +67,7 @@ def statistics():
 def whole_gradient(network):
     """The gradient of all ranks as one vector in float64."""
     trained = [p for p in network.parameters() if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else common.whole(p.grad) for p in trained]
+    gradients = [common.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad) for p in trained]
     return torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
@@ -112,7 +106,7 @@ def train(run, runs_dir, dataset):
     flags += ["--kl-ref-coef", 0.1, "--kl-ref-target", 0.5, "--kl-ref-horizon", 64, "--dataset", dataset]
     run_main(script, *flags, "--device", "cpu", "--output-dir", f"{runs_dir}/{run}", *RUNS[run])
     trpo_lm.surrogate_gradient, trpo_lm.line_search = surrogate_gradient, line_search
-    weights = {name: common.whole(weight).clone() for name, weight in models[0].state_dict().items()}
+    weights = {name: weight.clone() for name, weight in models[0].state_dict().items()}
     return dict(gradients=gradients, searches=searches, natural_steps=natural_steps, weights=weights, ratios=ratios)
 
 
@@ -120,7 +114,7 @@ KINDS = {"gpt2": {}, "qwen3": {}, "gemma2": {}, "mixtral": SHAPES["llama"] | dic
 
 
 def passes(kind, rank, world_size):
-    """Of rows that are spread over the ranks: gradients, a Fisher-vector product, a refreshed copy; and what is whole.
+    """Of rows that are spread over the ranks: gradients and a Fisher-vector product.
 
     With two ranks, the first micro-batch of each has prompts that are worth sharing; the second only on the first rank.
     """
@@ -128,9 +122,9 @@ def passes(kind, rank, world_size):
     critic = ppo_lm.Critic(policy)
     torch.nn.init.normal_(critic.head.weight)
     args = trpo_lm.Args(dtype="float32", response_length=4, activation_checkpointing=True)
-    sampler, whole_policy = copy.deepcopy(policy), copy.deepcopy(policy)
-    networks = [common.prepare(network, torch.device("cpu"), args) for network in (critic, policy)]
-    common.prepare(whole_policy, torch.device("cpu"), args, spread=False)
+    policies = policy, copy.deepcopy(policy)  # of PPO and of TRPO
+    for network in (critic, *policies):
+        common.prepare(network, torch.device("cpu"), args)
     sequences, mask = make_batch([9, 7, 8, 6, 5, 4, 3], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])
     mine = torch.arange(16).tensor_split(world_size)[rank]
     batch, weights = (sequences[mine], mask[mine], mask[mine, -4:]), torch.linspace(-1, 1, 64).view(16, 4)[mine]
@@ -141,39 +135,15 @@ def passes(kind, rank, world_size):
         (logprobs * weights[rows]).sum().backward()
         critic(*inputs, args)[:, :-1][response_mask].square().sum().backward()
     seen["critic"], seen["policy"] = whole_gradient(critic), whole_gradient(policy)
-    g, means = trpo_lm.surrogate_gradient(whole_policy, batch, micro_batches, weights, weights, num_tokens, args)
-    seen |= {"whole": g, "entropy": means["policy/entropy"]}
-    set_parameters(whole_policy, flatten(whole_policy) + 0.1 * g / g.norm())
+    policy = policies[1]
+    g, means = trpo_lm.surrogate_gradient(policy, batch, micro_batches, weights, weights, num_tokens, args)
+    seen |= {"surrogate": g, "entropy": means["policy/entropy"]}
+    set_parameters(policy, flatten(policy) + 0.1 * g / g.norm())
     if kind != "mixtral":
-        product = trpo_lm.fisher_vector_product(g, whole_policy, batch, micro_batches, args)
-        quadratic = trpo_lm.fisher_quadratic_form(g, whole_policy, batch, micro_batches, num_tokens, args)
+        product = trpo_lm.fisher_vector_product(g, policy, batch, micro_batches, args)
+        quadratic = trpo_lm.fisher_quadratic_form(g, policy, batch, micro_batches, num_tokens, args)
         seen |= {"product": product, "curvature": trpo_lm.dot(product, g), "quadratic": quadratic}
-    with torch.no_grad():  # a step of the policy, which the sampler takes, too
-        for parameter in policy.parameters():
-            parameter.sub_(0.1 if parameter.grad is None else 0.1 + 0.1 * parameter.grad)
-    tokenizer, prompts = SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)), [{"input_ids": [1, 2]}]
-    common.sample(sampler, policy, tokenizer, [0], args, prompts, greedy=True)
-    seen["sampler"] = torch.nn.utils.parameters_to_vector(sampler.parameters()).detach()
-    ppo_lm.batched_logprobs(policy, batch, micro_batches[:1], args)
-    common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches[:1], *batch[:2])
-    for network in networks:
-        assert all(isinstance(p, DTensor) == (world_size > 1) for p in network.parameters()), "whole after a pass"
-        shards = sum(isinstance(module, FSDPModule) for module in network.modules())
-        assert shards == (3 if world_size > 1 else 0), "two layers and the rest"
     return seen
-
-
-def numbers_of_passes(rank, world_size):
-    """Rows of each micro-batch, for prompts and responses that are longer on the first ranks, and several budgets."""
-    lengths = torch.arange(24).tensor_split(world_size)[rank]
-    sequences, mask = make_batch([1 + i // 3 for i in lengths], [*range(len(lengths))], 6, (1 + lengths // 4).tolist())
-    numbers, args = [], trpo_lm.Args(response_length=6)
-    for args.micro_batch_tokens in (1, 20, 50, 100):
-        for k in (1, 2, 4):
-            micro_batches = common.micro_batches_of(groups_of(len(lengths) // k, k), mask, args)
-            assert sorted(torch.cat(micro_batches).tolist()) == list(range(len(lengths)))
-            numbers.append([len(rows) for rows in micro_batches])
-    return numbers
 
 
 class Experts(torch.nn.Module):
@@ -191,33 +161,13 @@ def experts(rank):
     network = common.prepare(Experts(torch.distributed.get_world_size()), torch.device("cpu"), trpo_lm.Args())
     network(rank).backward()
     common.clip_gradients(network, 1e9)
-    return [common.whole(parameter.grad) for parameter in network.parameters()]
-
-
-def memory():
-    """Bytes that this process holds more than before, for a model of 7M parameters that has made a step of Adam."""
-
-    def resident():
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    ctypes.CDLL(None).mallopt(-3, 2**16)  # tensors have memory of their own, which goes back when they are freed
-    args, (sequences, mask) = ppo_lm.Args(dtype="float32", response_length=4), make_batch([5, 5], [0, 1])
-    for width in (8, 320):  # what the first of all passes loads does not count
-        before = resident()
-        policy = common.prepare(tiny_model("gpt2", n_embd=width, n_layer=6), torch.device("cpu"), args)
-        optimizer = torch.optim.Adam(policy.parameters(), fused=True)
-        ppo_lm.policy_logprobs(policy, sequences, mask, mask[:, -4:], args)[0].sum().backward()
-        optimizer.step()
-    return {"bytes": resident() - before, "parameters": sum(p.numel() for p in policy.parameters())}
+    return [parameter.grad for parameter in network.parameters()]
 
 
 def work_without_runs(out):
     rank, world_size, *_ = common.start_ranks(ppo_lm.Args(device="cpu"))
-    seen = {"memory": memory()} if world_size < 3 else {}  # first, as what others free would be taken again
-    seen |= {kind: passes(kind, rank, world_size) for kind in (KINDS if world_size < 3 else ["gpt2"])}
-    seen |= {"passes": numbers_of_passes(rank, world_size)} | ({"experts": experts(rank)} if world_size > 1 else {})
+    seen = {kind: passes(kind, rank, world_size) for kind in (KINDS if world_size < 3 else ["gpt2"])}
+    seen |= {"experts": experts(rank)} if world_size > 1 else {}
     torch.save(seen, f"{out}.{rank}")
 
 

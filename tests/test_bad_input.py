@@ -10,7 +10,6 @@ import common
 import ppo_lm
 import reinforce_lm
 import trpo_lm
-from common import InputError
 from reinforce_lm import Args, policy_logprobs
 
 import pytest
@@ -105,7 +104,7 @@ UP_TO_ONE, ZERO_TO_ONE = "more than 0 and at most 1", "0 to 1"
 def test_numbers_out_of_range(script, name, values, expected):
     common.check_flags(script.Args(), 1)
     for value in values:
-        with pytest.raises(InputError) as error:
+        with pytest.raises(SystemExit) as error:
             common.check_flags(replace(script.Args(), **{name: value}), 1)
         flag = name.replace("_", "-")
         assert str(error.value) == f"error: --{flag}: expected {expected}, found {value}"
@@ -114,8 +113,8 @@ def test_numbers_out_of_range(script, name, values, expected):
 @pytest.mark.parametrize(
     "flags, world_size, message",
     [
-        (dict(batch_size=30), 1, "--batch-size: expected a multiple of --samples-per-prompt times the number of ranks"),
-        (dict(batch_size=12), 2, "--batch-size: expected a multiple of --samples-per-prompt times the number of ranks"),
+        (dict(batch_size=30), 1, "--batch-size: expected a multiple of --samples-per-prompt times ranks"),
+        (dict(batch_size=12), 2, "--batch-size: expected a multiple of --samples-per-prompt times ranks"),
         (dict(total_episodes=100), 1, "--total-episodes: expected at least --batch-size, or 0"),
         (dict(kl_ref_coef=0.0, kl_ref_target=6.0), 1, "--kl-ref-target: expected a positive --kl-ref-coef"),
         (dict(num_minibatches=33), 1, "--num-minibatches: expected at most the 32 prompts of a rank, found 33"),
@@ -124,7 +123,7 @@ def test_numbers_out_of_range(script, name, values, expected):
 )
 def test_flags_that_do_not_fit_each_other(flags, world_size, message):
     common.check_flags(ppo_lm.Args(total_episodes=0, num_minibatches=16), 2)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(SystemExit, match=message):
         common.check_flags(ppo_lm.Args(**flags), world_size)
 
 
@@ -163,14 +162,12 @@ def lines(*rows):
         (lines(GOOD_ROW, "{broken"), [], ["--dataset", "row 2", "{broken"]),
         (lines(GOOD_ROW, "[1]"), [], ["--dataset", "row 2", "a JSON object"]),
         (json.dumps([GOOD_ROW] * 1000), [], ["--dataset", "row 1", "a JSON object"]),
-        (lines(GOOD_ROW, {"reference": "b"}), [], ["row 2", "['prompt', 'reference']", "['reference']"]),
+        (lines(GOOD_ROW, {"reference": "b"}), [], ["row 2", "'prompt'", "found ['reference']"]),
         (lines(GOOD_ROW, {"prompt": "b"}), [], ["row 2", "['prompt', 'reference']", "['prompt']"]),
         (lines(GOOD_ROW, GOOD_ROW | {"more": 1}), [], ["row 2", "more"]),
-        (lines(GOOD_ROW), ["--prompt-column", "q"], ["--prompt-column", "['prompt', 'reference']", "found q"]),
-        (lines(GOOD_ROW), ["--reference-column", "a"], ["--reference-column", "['prompt', 'reference']", "found a"]),
-        (lines({"q": "a"}), ["--prompt-column", "reference"], ["--prompt-column", "['q']", "found reference"]),
-        (lines(GOOD_ROW | {"responses": 1}), [], ["row 1", "other names than", "responses"]),
-        (lines(GOOD_ROW | {"ended": 1}), [], ["row 1", "other names than", "ended"]),
+        (lines(GOOD_ROW), ["--prompt-column", "q"], ["['q'] (--prompt-column, ", "found ['prompt', 'reference']"]),
+        (lines(GOOD_ROW), ["--reference-column", "a"], ["['a', 'prompt'] (--prompt-column, --reference-column)"]),
+        (lines({"q": "a"}), ["--prompt-column", "reference"], ["['reference'] (--prompt-column, ", "found ['q']"]),
         (lines({"prompt": "a", "q": ""}), ["--prompt-column", "q"], ["row 1", "a prompt", "''"]),
         (lines(GOOD_ROW, GOOD_ROW | {"prompt": []}), [], ["row 2", "a prompt", "[]"]),
         (lines(GOOD_ROW, GOOD_ROW | {"prompt": 5}), [], ["row 2", "text or in all a list of messages", "5"]),
@@ -178,7 +175,7 @@ def lines(*rows):
         (lines(GOOD_ROW, GOOD_ROW | {"prompt": ["a"]}), [], ["row 2", "in all rows text or in all", "['a']"]),
         (lines(GOOD_ROW | {"prompt": ["a"]}), [], ["--model", "messages of row 1"]),
         (lines(*[GOOD_ROW] * 20), [], ["--dataset", "held out"]),
-        (lines({"prompt": "a"}, {"prompt": "b"}), [], ["--reward match", "a text reference", "None"]),
+        (lines({"prompt": "a"}, {"prompt": "b"}), [], ["--reward match", "a text reference", "found {'prompt': "]),
         (lines(GOOD_ROW, '{"prompt": "c\\nd", "reference": NaN}'), [], ["--reward match", "a text reference", "nan"]),
         (lines(GOOD_ROW, GOOD_ROW | {"prompt": "ab\nb"}), ["--prompt-length", 3], ["row 2", "1 to 3 tokens", "4"]),
     ],
@@ -198,7 +195,14 @@ def test_bad_held_out_data(tmp_path, capsys, monkeypatch):
     (tmp_path / "eval.jsonl").write_text(lines({"prompt": "1"}))
     files = ["--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "eval.jsonl"]
     error = message_of(capsys, monkeypatch, *files)
-    assert "--reward match" in error and "expected a text reference, found None" in error
+    assert "--reward match: expected a text reference in each row, found {'prompt': '1'" in error
+
+
+@pytest.mark.parametrize("name", ["responses", "ended"])
+def test_a_column_with_a_name_that_rewards_get_from_us_is_an_error(name, tmp_path):
+    (tmp_path / "data.jsonl").write_text(lines(*[GOOD_ROW | {"prompt": f"{i}", name: 1} for i in range(20)]))
+    with pytest.raises(TypeError, match=f"multiple values for .*argument '{name}'"):
+        run_main(ppo_lm, "--dataset", tmp_path / "data.jsonl", "--device", "cpu", "--output-dir", tmp_path)
 
 
 # ----- Models -----
@@ -218,7 +222,8 @@ def test_the_context_is_that_of_the_part_for_text(model_folder, monkeypatch):
     whole = types.SimpleNamespace(get_text_config=lambda: text)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: whole)
     with pytest.raises(
-        common.InputError, match="--response-length: expected at most the model's 32 positions, found 33"
+        SystemExit,
+        match="--response-length: expected at most the model's 32 positions, longest prompt included, found 33",
     ):
         load_policy(folder, None, 33)
 
@@ -250,14 +255,14 @@ def load_and_try(model_folder):
         policy = common.load_policy(args, tokenizer, rows)
         if change:
             change(policy)
-        common.try_model(policy, policy, tokenizer, list(end_ids), args, logprobs_of, rows)
+        common.try_model(policy, tokenizer, list(end_ids), args, logprobs_of, rows)
 
     return attempt
 
 
 def refusal(attempt, *args, **settings):
     """The one line, which names --model."""
-    with pytest.raises(InputError) as error:
+    with pytest.raises(SystemExit) as error:
         attempt(*args, **settings)
     line = str(error.value)
     assert line.startswith("error: --model: ") and "\n" not in line
@@ -321,7 +326,7 @@ def test_weights_that_are_nan_are_refused(load_and_try):
 
 @pytest.mark.parametrize("end_ids, rows", [([0, 12], ROWS), ([0], [*ROWS, {"input_ids": [12]}])])
 def test_ids_without_an_embedding_are_refused(end_ids, rows, load_and_try):
-    assert "ids below its 11 embeddings, found 12" in refusal(load_and_try, end_ids=end_ids, rows=rows)
+    assert "an embedding of each token, found 12" in refusal(load_and_try, end_ids=end_ids, rows=rows)
 
 
 def test_tuples_in_place_of_named_outputs_are_refused(load_and_try):
@@ -371,7 +376,7 @@ def test_quantized_weights_are_refused(dtype, load_and_try):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_folder_without_a_tokenizer_is_refused(kind, tmp_path):
     tiny_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(SystemExit) as error:
         common.encode_prompts(common.load_tokenizer(str(tmp_path), []), [{"prompt": "12"}], 10)
     line = str(error.value)
     assert line.startswith("error: --model: ") and "tokenizer" in line and "\n" not in line

@@ -1,6 +1,8 @@
-"""Adapters: what is trained, shared, saved and merged, and TRPO in their space."""
+"""Adapters: what is trained, shared and saved, and TRPO in their space."""
 
 import importlib
+import shutil
+import tempfile
 
 import common
 import trpo_lm
@@ -21,8 +23,11 @@ EXPERTS = SHAPES["llama"] | dict(num_local_experts=4)
 
 def with_adapters(kind, rank=2, **settings):
     """A model with adapters that have an effect."""
-    model = tiny_model(kind, **settings)
-    common.add_adapters(model, trpo_lm.Args(lora_rank=rank, dtype="float32"))
+    folder = tempfile.mkdtemp()
+    tiny_model(kind, **settings).save_pretrained(folder)
+    args = trpo_lm.Args(model=folder, lora_rank=rank, dtype="float32", response_length=1)
+    model = common.load_policy(args, None, [{"input_ids": [1]}])
+    shutil.rmtree(folder)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -89,23 +94,23 @@ def test_the_base_is_shared_and_stays_what_it_was(script, dtype, tmp_path, model
     assert held == {torch.bfloat16 if dtype == "bfloat16" and script != "trpo_lm" else torch.float32}
     assert all(reference.get_parameter(name) is p and p.grad is None for name, p in frozen.items())
     checkpoint = common.load_checkpoint(run_dir)
-    assert checkpoint["policy"]["model_state_dict"].keys() == trained_names(policy)
+    assert checkpoint["weights"]["policy"].keys() == trained_names(policy)
     for critic in critics:
         shared = {name.replace("backbone.", "model."): p for name, p in critic.named_parameters()}
         assert all(shared[name] is p for name, p in frozen.items() if name in shared)
         assert not any(shared[name] is p for name, p in policy.named_parameters() if p.requires_grad and name in shared)
         trained = trained_names(critic)
-        assert checkpoint["critic"]["model_state_dict"].keys() == trained
+        assert checkpoint["weights"]["critic"].keys() == trained
         assert {name for name in trained if "lora" not in name} == {"head.weight", "head.bias"} < trained
     assert len(optimizers) == {"reinforce_lm": 1, "ppo_lm": 2, "trpo_lm": 1}[script]
     for optimizer in optimizers:
         assert {id(p) for p in optimizer.state} <= {id(p) for n in networks for p in n.parameters() if p.requires_grad}
-    merged = AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    adapted = {name: layer for name, layer in policy.named_modules() if hasattr(layer, "lora_A")}
-    assert len(adapted) == 2 * 7
-    for name, layer in adapted.items():  # the saved base has not been rounded
-        expected = base.get_submodule(name).weight + layer.get_delta_weight("default")
-        torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-6)
+    saved = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    expected = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert len(saved) == len(expected) == 2 * 7 * 2 and not (run_dir / "model").exists()
+    for name, weight in saved.items():
+        name = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        assert torch.equal(weight, expected[name])
 
 
 CASES = [("reinforce_lm", kind, "float32") for kind in [*SHAPES, "mixtral"]]
@@ -114,24 +119,22 @@ CASES += [("reinforce_lm", "mixtral", "bfloat16"), ("ppo_lm", "gpt2", "float32")
 
 @pytest.mark.parametrize("script, kind, dtype", CASES)
 def test_runs_and_what_they_save(script, kind, dtype, tmp_path, model_folder, monkeypatch, capsys):
-    """The merged model is that of the adapters, in plain transformers; the adapters load with peft."""
+    """The adapters load with peft, on the base that they name, and can be merged into it."""
     policies, load = [], common.load_policy
     monkeypatch.setattr(common, "load_policy", lambda *args: policies.append(load(*args)) or policies[-1])
     folder = model_folder(kind, **(EXPERTS if kind == "mixtral" else {}))
     flags = [*SHORT, "--model", folder, "--dtype", dtype, "--activation-checkpointing", *FAST[script]]
     run_dir = run_in(tmp_path / "runs", script, *flags)
-    merged, keys = AutoModelForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True)
-    assert not any(keys.values()), keys
-    assert not any("lora" in name for name, _ in merged.named_parameters())
     base = AutoModelForCausalLM.from_pretrained(folder)
     frozen, trained = base.num_parameters(), load_file(run_dir / "adapter" / "adapter_model.safetensors")
     size = sum(weight.numel() for weight in trained.values())
     about = f"{script}: {size:,} of {size + frozen:,} parameters trained, {dtype} on 1 x cpu, "
     assert capsys.readouterr().out.startswith(about)
-    assert common.load_checkpoint(run_dir)["policy"]["model_state_dict"].keys() == trained_names(policies[0])
+    assert common.load_checkpoint(run_dir)["weights"]["policy"].keys() == trained_names(policies[0])
     before = base(IDS).logits
     after = peft.PeftModel.from_pretrained(base, run_dir / "adapter")(IDS).logits
     assert (after - before).abs().max() > 1e-3
+    merged = peft.AutoPeftModelForCausalLM.from_pretrained(run_dir / "adapter").merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, after, rtol=1e-4, atol=1e-4)
     if dtype == "float32":
         torch.testing.assert_close(policies[0](IDS).logits, after, rtol=1e-4, atol=1e-4)
@@ -162,7 +165,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(script, dtype, tmp_path
     run_main(module, "--resume", stopped, "--total-episodes", 64, "--lora-rank", 2)
     whole = run_in(tmp_path / "whole", module, *flags)
     assert_same_checkpoints(whole, stopped)
-    saved = [load_file(run_dir / "model" / "model.safetensors") for run_dir in (whole, stopped)]
+    saved = [load_file(run_dir / "adapter" / "adapter_model.safetensors") for run_dir in (whole, stopped)]
     assert_same(*saved)
 
 
@@ -170,7 +173,7 @@ def test_fisher_products_are_those_of_the_dense_matrix_in_the_space_of_the_adapt
     model = with_adapters("gpt2", rank=1, n_layer=1).double()
     args = trpo_lm.Args(dtype="float32", response_length=3, samples_per_prompt=4, micro_batch_tokens=20)
     batch = _, attention_mask, _ = ragged_batch()
-    parameters = {name: p.detach() for name, p in trpo_lm.trained_parameters(model).items()}
+    parameters = {name: p.detach() for name, p in common.trained_parameters(model).items()}
     assert all("lora" in name for name in parameters)
 
     with trpo_lm.plain_attention():
@@ -199,7 +202,7 @@ def test_prompts_are_shared_with_adapters_too(kind):
     found = []
     for values in (logprobs[response_mask], logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]):
         (values * torch.arange(len(values))).sum().backward()
-        found.append([values, *[p.grad.clone() for p in trpo_lm.trained_parameters(model).values()]])
+        found.append([values, *[p.grad.clone() for p in common.trained_parameters(model).values()]])
         model.zero_grad()
     for shared, plain in zip(*found, strict=True):
         assert (shared - plain).norm() <= 1e-4 * plain.norm() + 1e-6

@@ -30,7 +30,7 @@ def test_training_reaches_the_closed_form_optimum(script, flags, tmp_path):
     character_tokenizer("ab").save_pretrained(folder)
     (tmp_path / "data.jsonl").write_text('{"prompt": "ba"}\n{"prompt": "bb"}\n')
     table = dict(zip(["", "a", "aa", "ab", "b", "ba", "bb"], SCORES.tolist()))
-    reward = reward_file(tmp_path, f"T = {table}\ndef fn(prompts, responses):\n    return [T[r] for r in responses]\n")
+    reward = reward_file(tmp_path, f"T = {table}\ndef fn(prompts, texts, **_):\n    return [T[r] for r in texts]\n")
     run = ["--model", folder, "--dataset", tmp_path / "data.jsonl", "--eval-dataset", tmp_path / "data.jsonl"]
     run += ["--reward", reward, "--eval-every", 0, "--output-dir", tmp_path / "runs"]
     run += ["--kl-ref-coef", 0.5, "--response-length", 2, "--batch-size", 64, "--save-every", 0, "--device", "cpu"]

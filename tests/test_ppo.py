@@ -156,7 +156,7 @@ def test_critic_starts_at_zero_as_a_copy_and_reads_the_right_states(kind, size):
 def test_a_model_without_layers_below_its_head_has_no_critic():
     policy = tiny_model()
     policy.base_model_prefix = "none"
-    with pytest.raises(common.InputError, match="--model: expected layers below a head, for the critic"):
+    with pytest.raises(SystemExit, match="--model: expected layers below a head, for the critic"):
         Critic(policy)
 
 

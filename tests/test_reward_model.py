@@ -176,11 +176,6 @@ def test_chats_go_through_its_chat_template_and_end_with_the_turn_of_the_respons
     torch.testing.assert_close(score, load(classifier)(["#12!#777!"], [""]))
 
 
-def test_an_answer_that_the_assistant_has_begun_and_the_response_are_one_turn(classifier, changed):
-    score = load(changed(use_turns))([[USER, BEGUN]], ["777"])
-    torch.testing.assert_close(score, load(classifier)(["#12!#34777!"], [""]))
-
-
 def test_special_tokens_are_added_to_texts_once_and_to_chats_not_again(classifier, changed):
     """The tokenizer begins a text with `!`; the chat template has written it already."""
 
@@ -204,14 +199,14 @@ def try_reward(folder, prompt="12", **flags):
 
 
 def test_bad_reward_models_are_refused_before_any_work(classifier, changed, tmp_path):
-    with pytest.raises(common.InputError, match="^error: --reward: could not load .*$"):
+    with pytest.raises(SystemExit, match="^error: --reward: could not load .*$"):
         try_reward(tmp_path)
     tiny_model("llama").save_pretrained(tmp_path / "language_model")  # its head would get random weights
-    with pytest.raises(common.InputError, match="^error: --reward: .*'score.weight'.*$"):
+    with pytest.raises(SystemExit, match="^error: --reward: .*'score.weight'.*$"):
         try_reward(tmp_path / "language_model")
-    with pytest.raises((common.InputError, IndexError), match="2"):
+    with pytest.raises((SystemExit, IndexError), match="2"):
         try_reward(classifier, reward_logit=2)
-    with pytest.raises((common.InputError, ValueError), match="chat"):
+    with pytest.raises((SystemExit, ValueError), match="chat"):
         try_reward(classifier, prompt=[USER])
 
 
@@ -219,5 +214,5 @@ def test_weights_that_the_class_would_drop_are_refused(changed):
     folder = changed()
     weights = load_file(folder / "model.safetensors") | {"score.bias": torch.ones(2)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(common.InputError, match="--reward: .*'score.bias'"):
+    with pytest.raises(SystemExit, match="--reward: .*'score.bias'"):
         try_reward(folder)

@@ -172,7 +172,7 @@ def sample(rows, samples_per_prompt=1, rollout_tokens=10**6, **settings):
     model, tokenizer = tiny_model("llama"), character_tokenizer("abcdefghijk")
     args = Args(dtype="float32", response_length=6, rollout_tokens=rollout_tokens)
     rows = [{"input_ids": ids} for ids in rows]
-    return common.sample(model, model, tokenizer, [0, 9], args, rows, samples_per_prompt, **settings)
+    return common.sample(model, tokenizer, [0, 9], args, rows, samples_per_prompt, **settings)
 
 
 PROMPTS = [[5, 6, 7, 8, 1], [1, 2, 3], [4], [7, 7, 3, 2]]
@@ -216,7 +216,7 @@ def test_equal_prompts_are_sampled_apart():
 def test_one_row_that_is_not_finite_is_one_line():
     model, prompts = tiny_model("llama"), torch.tensor([[5, 1], [1, 1]])
     model.get_input_embeddings().weight.data[5] = float("nan")
-    with pytest.raises(common.InputError, match="--model: expected finite logits"):
+    with pytest.raises(SystemExit, match="--model: expected finite logits"):
         rollout(model, prompts, prompts > 0, 1, [0], greedy=True)
 
 

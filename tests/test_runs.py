@@ -132,7 +132,7 @@ def test_script_and_common_run_alone_in_an_empty_folder(script, tmp_path, monkey
     (last,) = {line.split("[")[0] for line in progress if line.startswith(f"{script}: 100%")}
     assert "3/3" in last and all(f"{name}=" in output for name in ("score", "kl_ref", "tokens_per_second"))
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    trained = common.load_checkpoint(run_dir)["policy"]["model_state_dict"]
+    trained = common.load_checkpoint(run_dir)["weights"]["policy"]
     assert_same(trained, dict(model.named_parameters()))
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     assert tokenizer.decode(tokenizer("31415").input_ids) == "31415"
@@ -376,13 +376,13 @@ def test_no_reward_moves_no_weight(script, tmp_path):
     """Not even weight decay: every gradient is exactly 0."""
     reward = reward_file(tmp_path, "def fn(prompts, responses, **columns):\n    return [0.0] * len(responses)\n")
     run_dir = run_in(tmp_path / "runs", script, *FEW, *FAST[script], "--kl-ref-coef", 0, "--reward", reward)
-    trained = {name: state for name, state in common.load_checkpoint(run_dir).items() if name in ("policy", "critic")}
+    trained = common.load_checkpoint(run_dir)
     fresh = load_policy("tiny", character_tokenizer("0123456789"), 11, seed=1)
-    assert_same(dict(fresh.named_parameters()), trained["policy"]["model_state_dict"])
+    assert_same(dict(fresh.named_parameters()), trained["weights"]["policy"])
     if script != "reinforce_lm":
         critic = {f"backbone.{name}": weight for name, weight in fresh.base_model.named_parameters()}
         critic |= {"head.weight": torch.zeros(1, 64), "head.bias": torch.zeros(1)}
-        assert_same(critic, trained["critic"]["model_state_dict"])
+        assert_same(critic, trained["weights"]["critic"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -423,7 +423,7 @@ def test_in_bfloat16_responses_come_from_the_latest_weights(script, tmp_path, mo
     run_main(module, "--resume", run_dir, "--total-episodes", 96)
     assert len(set(weights)) == 4, "before the first iteration, and after each of three"
     checkpoint = common.load_checkpoint(run_dir)
-    assert all(weight.dtype == torch.float32 for weight in checkpoint["policy"]["model_state_dict"].values())
+    assert all(weight.dtype == torch.float32 for weight in checkpoint["weights"]["policy"].values())
     assert 0 < max(value for _, value in scalars(run_dir)["policy/sampler_gap"]) < 0.2
 
 
@@ -497,7 +497,7 @@ def test_any_checkpoint_with_real_text_and_own_reward(tmp_path):
     tiny_model("llama", vocab_size=len(tokenizer), seed=3).save_pretrained(folder)
     rows = [{"text": text.rsplit(" ", 1)[0] + " " * i, "wanted": text[0]} for i, text in enumerate(texts * 2)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = "def fn(prompts, responses, wanted):\n    return [float(r.count(w)) for r, w in zip(responses, wanted)]\n"
+    code = "def fn(prompts, texts, wanted, **_):\n    return [float(r.count(w)) for r, w in zip(texts, wanted)]\n"
     flags = ["--model", folder, "--dataset", tmp_path / "data.jsonl", "--prompt-column", "text"]
     flags += ["--reward", reward_file(tmp_path, code), "--response-length", 8, "--total-episodes", 64 * 30]
     flags += ["--batch-size", 64, "--learning-rate", 1e-2, "--kl-ref-coef", 0.01, "--eval-every", 0]
@@ -619,7 +619,7 @@ def test_seconds_are_those_of_the_run_or_of_an_evaluation_alone(tmp_path):
 @pytest.mark.parametrize("other", ["ppo_lm", "trpo_lm"])
 def test_a_run_of_another_script_is_refused(other, tmp_path):
     run_dir, other = run_in(tmp_path, reinforce_lm, *FEW), importlib.import_module(other)
-    with pytest.raises(common.InputError, match="--resume: expected a run of this script, found "):
+    with pytest.raises(SystemExit, match="--resume: expected a run of this script, found "):
         common.parse_flags(other.Args, other.TINY, other.ADAPTERS, ["--resume", str(run_dir)])
 
 
@@ -696,7 +696,7 @@ def test_weights_that_are_no_number_stop_the_run_in_one_line_and_the_last_checkp
     (run_dir,) = tmp_path.iterdir()
     checkpoint = common.load_checkpoint(run_dir)
     assert checkpoint["iteration"] == 1
-    assert all(weight.isfinite().all() for weight in checkpoint["policy"]["model_state_dict"].values())
+    assert all(weight.isfinite().all() for weight in checkpoint["weights"]["policy"].values())
 
 
 def test_broken_reward_stops_the_run_in_one_line(tmp_path, capsys):
@@ -714,7 +714,7 @@ def test_broken_reward_stops_the_run_in_one_line(tmp_path, capsys):
 def test_what_is_saved_is_the_float32_policy(script, tmp_path):
     run_dir = run_in(tmp_path, script, *FEW, *FAST[script], "--dtype", "bfloat16")
     saved = AutoModelForCausalLM.from_pretrained(run_dir / "model", dtype="auto")
-    trained = common.load_checkpoint(run_dir)["policy"]["model_state_dict"]
+    trained = common.load_checkpoint(run_dir)["weights"]["policy"]
     assert_same(trained, dict(saved.named_parameters()))
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in trained.values())
 
@@ -724,11 +724,11 @@ def test_a_model_is_evaluated_on_other_prompts_without_training(script, tmp_path
     asked, sample = [], common.sample
     rows = [{"prompt": f"{i}{i}", "reference": str(i)} for i in range(10)]
     write_rows(tmp_path / "eval.jsonl", rows)
-    code = "def fn(prompts, responses, reference, ended):\n"
+    code = "def fn(prompts, responses, reference, ended, **_):\n"
     code += "    return [float(r) for r in reference], {'end': [float(e) for e in ended]}\n"
 
     def recording_sample(*args, greedy=False, **settings):
-        asked.extend([row["prompt"] for row in args[5]] if greedy else [])
+        asked.extend([row["prompt"] for row in args[4]] if greedy else [])
         return sample(*args, greedy=greedy, **settings)
 
     monkeypatch.setattr(common, "sample", recording_sample)
@@ -757,7 +757,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path, model_folder, capsys):
     character_tokenizer("0123456789a").save_pretrained(folder)
     write_rows(tmp_path / "data.jsonl", [{"prompt": character, "reference": ""} for character in "0123456789a"])
     error = error_of(capsys, reinforce_lm, *flags, "--dataset", tmp_path / "data.jsonl")
-    assert error == "error: --model: expected ids below its 11 embeddings, found 11"
+    assert error == "error: --model: expected an embedding of each token, found 11"
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert "all weights in " in (error := error_of(capsys, reinforce_lm, *flags)) and "lm_head" in error

@@ -24,9 +24,8 @@ BETA, GAMMA, LAMBDA, T = 0.3, 0.9, 0.8, 0.7
 
 
 PROMPTS = {(0, 1): "01", (2, 0, 4): "204", (1,): "1", (6, 10, 9, 0): "6<end>90"}  # two differ in a 0 in front
-REWARD = (
-    "def fn(prompts, responses):\n    return [len(p) + sum(map(int, r)) % 7 / 3 for p, r in zip(prompts, responses)]\n"
-)
+REWARD = "def fn(prompts, texts, **_):\n    pairs = zip(prompts, texts)\n"
+REWARD += "    return [len(p) + sum(map(int, r)) % 7 / 3 for p, r in pairs]\n"
 
 
 def score(prompt, response):
