@@ -80,7 +80,8 @@ def parse_flags(args_class, tiny, adapters, argv=None):
     about = f"Defaults of --model tiny: {tiny}. Defaults with --lora-rank: {adapters}."
     args = tyro.cli(args_class, args=argv, description=about)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    values = checkpoint["args"] if checkpoint else tiny if args.model == "tiny" else adapters if args.lora_rank else {}
+    values = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
+    values = checkpoint["args"] if checkpoint else values
     require(values.keys() <= get_type_hints(args_class).keys(), "--resume", "a run of this script", args.resume)
     return tyro.cli(args_class, args=argv, default=args_class(**values), description=about), checkpoint
 
@@ -113,19 +114,19 @@ def start_ranks(args):
         torch.backends.cuda.matmul.allow_tf32 = True  # a tenth of bfloat16's error
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_cuda else "gloo")
-    # Many CPUs have no bfloat16 products and take several times as long.
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if on_cuda else "float32"
-    return rank, world_size, torch.device(device), replace(args, dtype=dtype)
+    if args.dtype == "auto":  # many CPUs have no bfloat16 products
+        args = replace(args, dtype="bfloat16" if on_cuda else "float32")
+    return rank, world_size, torch.device(device), args
 
 
 def make_generator(device, *key):
-    """A torch.Generator that depends on the integers of `key` alone, also in a resumed run."""
+    """A torch.Generator that depends on the integers of `key` alone."""
     # The length of the key counts, or (1, 2) and (1, 2, 0) would be one stream.
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
 def prompt_indices(num_rows, start, count, seed):
-    """A list: `count` positions, from `start` on, of an endless stream of shuffled epochs over range(num_rows)."""
+    """A list of `count` positions, from `start` on in an endless stream of shuffled epochs."""
     epochs = range(start // num_rows, (start + count - 1) // num_rows + 1)
     stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in epochs])
     return stream[start % num_rows :][:count].tolist()
@@ -140,9 +141,9 @@ def all_reduce(tensor):
 
 
 def mean(values, mask=None):
-    """Mean of `values`, where `mask` is True if there is one, over all ranks: -> scalar."""
+    """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64, so that the mean of equal values is that value: rounding errors would be taken for advantages.
+    # In float64, so that the mean of equal values is that value, with no rounding error to learn from.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
 
@@ -205,7 +206,7 @@ def load_checkpoint(run_dir):
 def load_tokenizer(model, rows):
     """The tokenizer of a checkpoint, or for `model == "tiny"` one of the characters that occur in `rows`."""
     if model != "tiny":
-        with input_errors(f"--model: expected `tiny` or a checkpoint with a tokenizer, found {model!r}"):
+        with input_errors(f"--model: not `tiny` or a checkpoint with a tokenizer: {model!r}"):
             return transformers.AutoTokenizer.from_pretrained(model)
     characters = sorted({*"".join(f"{row['prompt']}{row.get('reference', '')}" for row in rows)})
     vocabulary = {token: index for index, token in enumerate(["<end>", *characters])}
@@ -219,7 +220,7 @@ def load_policy(args, tokenizer, rows):
     """The causal language model of --model in float32 on the CPU; tiny is a GPT-2 with random weights.
 
     It stays in evaluation mode: with dropout the loss would score another policy than the one that sampled.
-    The prompts of the rows have to fit the model's context together with their responses.
+    Prompts and responses have to fit its context.
     """
     context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
     torch.manual_seed(args.seed)
@@ -232,7 +233,7 @@ def load_policy(args, tokenizer, rows):
         with input_errors(f"--model: could not load {args.model!r}"):
             config = transformers.AutoConfig.from_pretrained(args.model)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or context_length
-        expected = f"at most the model's {limit} positions, longest prompt included"
+        expected = f"at most {limit} positions, longest prompt included"
         require(context_length <= limit, "--response-length", expected, context_length)
         policy = load_whole(transformers.AutoModelForCausalLM, args.model, "--model", torch.float32)
     for module in policy.modules():
@@ -240,7 +241,7 @@ def load_policy(args, tokenizer, rows):
             module.padding_idx = None  # the padding id, which may be an end token, would get no gradient
     head = policy.get_output_embeddings()
     head.forward = types.MethodType(full_precision_product, head)  # in a copy of the policy, of its own head
-    if args.lora_rank:  # LoRA adapters (Hu et al. 2022), in place, are all that is trained
+    if args.lora_rank:  # LoRA adapters (Hu et al. 2022) are all that is trained
         import peft
 
         settings = dict(lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -256,7 +257,7 @@ def load_policy(args, tokenizer, rows):
 def full_precision_product(head, hidden):
     """Logits as a float32 product (TF32 on a GPU), under autocast too, which would round 16.06 to 16."""
     with torch.autocast(hidden.device.type, enabled=False):
-        # PyTorch would copy a frozen head for each row of hidden states that are not contiguous.
+        # PyTorch would copy a frozen head for each row if hidden states are not contiguous.
         return type(head).forward(head, hidden.contiguous().to(head.weight.dtype))
 
 
@@ -265,8 +266,8 @@ def load_whole(auto_class, name, flag, dtype):
     with input_errors(f"{flag}: could not load {name!r} with {auto_class.__name__}"):
         model, keys = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
     require(not keys["missing_keys"], flag, f"all weights in {name!r}", f"none for {sorted(keys['missing_keys'])}")
-    lost = [key for key in keys["unexpected_keys"] if not key.startswith(f"{model.base_model_prefix}.")]  # of a head
-    require(not lost, flag, f"{auto_class.__name__} in {name!r}", f"other weights: {sorted(lost)}")
+    lost = [key for key in keys["unexpected_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
+    require(not lost, flag, f"{auto_class.__name__} in {name!r}", f"another head: {sorted(lost)}")
     return model
 
 
@@ -288,7 +289,7 @@ def prepare(network, device, args):
 
 
 def save_model(policy, tokenizer, args, run_dir):
-    """Write policy and tokenizer to RUN_DIR/model, or adapters to RUN_DIR/adapter, where `peft` finds them."""
+    """Write policy and tokenizer to RUN_DIR/model, or adapters, for `peft`, to RUN_DIR/adapter."""
     if args.lora_rank:
         import peft
         from safetensors.torch import save_file
@@ -311,8 +312,8 @@ def micro_batches_of(groups, attention_mask, args):
     """Deal rows into micro-batches of at most --micro-batch-tokens, padding included: (prompts, k) -> a list of (b,).
 
     groups: the k row indices of each prompt. They stay together, as `share_prompts` runs a prompt once, or rows of like
-    length do, whichever computes fewer tokens. The longest responses, which need most memory, come first, and no
-    response of a micro-batch is shorter than two thirds of its first.
+    length do, whichever computes fewer tokens. The longest responses come first, for they need most memory, and none is
+    shorter than two thirds of the first of its micro-batch.
     """
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
@@ -335,7 +336,7 @@ def micro_batches_of(groups, attention_mask, args):
 
 
 def shuffled_minibatches(attention_mask, args, *key):
-    """One pass over the batch, prompts shuffled by `key`: a list of minibatches, which are lists of micro-batches."""
+    """One pass over the batch, prompts shuffled by `key`: minibatches, which are lists of micro-batches."""
     indices = torch.arange(len(attention_mask), device=attention_mask.device)  # (B,)
     groups = indices.view(-1, args.samples_per_prompt)  # (B/k, k)
     order = torch.randperm(len(groups), generator=make_generator("cpu", *key)).to(groups.device)
@@ -363,11 +364,11 @@ class SharedLayer(DynamicLayer):
 
 
 def share_prompts(network, sequences, attention_mask, num_outputs):
-    """Run each prompt of the (b, L) rows once, if that pays, and return the keyword arguments of the pass that is left.
+    """Run each prompt of the (b, L) rows once, if that pays: -> the keyword arguments of the pass that is left.
 
-    `network(**returned)` computes the last `num_outputs` columns, of which the first is the prompt's last token, on top
-    of a cache that the prompts' pass fills; gradients flow back into it, summed over the rows that share a prompt,
-    which are next to each other.
+    `network(**returned)` computes the last `num_outputs` columns, from the prompt's last token on, on top of a cache
+    that the prompts' pass fills. Gradients flow back into it, summed over the rows of a prompt, which are next to each
+    other.
     """
     inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
     length = sequences.shape[1] - num_outputs  # of what may be shared
@@ -394,7 +395,7 @@ def autocast(device, args):
 
 
 def response_logits(model, sequences, attention_mask, response_mask, args, parameters=None):
-    """Logits, at temperature 1, of the n tokens of the response mask, row after row; padding never reaches the head.
+    """Logits, at temperature 1, of the n tokens of the response mask, row after row, which alone reach the head.
 
     (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} to run in place of the model's own.
     """
@@ -420,7 +421,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
 def in_micro_batches(function, micro_batches, *tensors):
     """Call `function` without gradient on the rows of each micro-batch: (B, ...) tensors -> (B, ...).
 
-    micro_batches: tensors of row indices, every row once. In bfloat16 a row's rounding error depends on the others.
+    micro_batches: row indices, every row once. In bfloat16 a row's rounding error depends on the others.
     """
     results = torch.cat([function(*[tensor[rows] for tensor in tensors]) for rows in micro_batches])
     return results[torch.cat(list(micro_batches)).argsort()]
@@ -432,7 +433,7 @@ NUM_SORT_PROMPTS = 2**15
 
 
 def load_rows(dataset, flag, args):
-    """Rows with `prompt` and other columns: of "sort", a file of JSON lines, or a hub name NAME[@CONFIG][:SPLIT]."""
+    """Rows with `prompt` and other columns, of sort, FILE.jsonl, or a hub name NAME[@CONFIG][:SPLIT]."""
     if dataset == "sort":  # five digits; the reference is the same digits in order
         digits = np.random.default_rng(0).permutation(100_000)[:NUM_SORT_PROMPTS]
         return [{"prompt": f"{i:05d}", "reference": "".join(sorted(f"{i:05d}"))} for i in digits]
@@ -457,12 +458,12 @@ def load_rows(dataset, flag, args):
         rows.append(row | dict(zip(("prompt", "reference"), values)))
         kind, prompt = type(rows[0]["prompt"]), values[0]
         is_prompt = prompt and kind in (str, list) and type(prompt) is kind
-        require(is_prompt, where, "a prompt, in all rows text or in all a list of messages", repr(prompt))
+        require(is_prompt, where, "a prompt, text in all rows or lists of messages", repr(prompt))
     return rows
 
 
 def encode_prompts(tokenizer, rows, prompt_length):
-    """Add `input_ids` to the rows. Prompts that are lists of messages go through the tokenizer's chat template."""
+    """Add `input_ids` to the rows. Lists of messages go through the tokenizer's chat template."""
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], str):
         with input_errors("--model: its tokenizer has to know the prompts"):
@@ -485,7 +486,7 @@ def encode_prompts(tokenizer, rows, prompt_length):
 
 
 def load_prompts(args, world_size):
-    """The tokenizer of --model, and training and held-out rows, which are split off the former, unless given."""
+    """The tokenizer of --model, training rows, and held-out rows, which are split off these unless given."""
     needed = args.total_episodes or args.model == "tiny" or not args.eval_dataset  # made of all rows
     rows = load_rows(args.dataset, "--dataset", args) if needed else []
     held_out = load_rows(args.eval_dataset, "--eval-dataset", args)[: args.eval_size] if args.eval_dataset else []
@@ -531,7 +532,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-    # A tool's tokens would be real here and not in the response mask; `lengths` and `tokens` would have them, too.
+    # A tool's tokens would be real here, but False in the response mask, and part of `tokens`.
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
@@ -545,7 +546,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
 
 
 class FixedLayer(StaticLayer):
-    """A cache layer of fixed size, for keys, which rotary embeddings leave in float32, in the values' precision."""
+    """A cache layer of fixed size. Keys, which rotary embeddings leave in float32, are rounded like values."""
 
     def update(self, keys, values, *others, **settings):
         return super().update(keys.to(values.dtype), values, *others, **settings)
@@ -555,9 +556,8 @@ class FixedLayer(StaticLayer):
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
     """Sample responses token by token to (N, P) left-padded prompts, each of which is run once for all its samples.
 
-    No top-k, top-p or repetition penalty, whatever the checkpoint's generation_config.json says, for the gradient is
-    that of the distribution that is sampled.
-    Returns ids, a mask up to and including the first of `end_ids`, and log-probabilities, (b, R) each.
+    Settings of generation_config.json, such as top-k, are not used: their gradient would be another one.
+    Returns ids, their mask and their log-probabilities, (b, R) each.
 
     On CUDA the cache of keys and values has its final size from the start, so that the pass of one token is the same
     work each time: it is captured as a graph and replayed, as launching its kernels takes longer than running them.
@@ -632,7 +632,7 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
     """Refuse a model that padding, the cache of keys and values, or an unknown token would silently make wrong.
 
     To two samples of four tokens after the longest prompt, and after half of it, sampler and loss have to give the
-    log-probabilities of the plain model; in float32, but for adapters on a bfloat16 base.
+    log-probabilities of the plain model; in float32, but for adapters.
     """
     longest = max((row["input_ids"] for row in rows), key=len)
     largest = max(*end_ids, *[max(row["input_ids"]) for row in rows])
@@ -647,13 +647,13 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
                 logits = policy(tokens[real][None, :-1]).logits[0]  # (L-1, V)
             plain = (logits / args.temperature).log_softmax(-1).gather(1, tokens[real][1:, None])[:, 0]
             gaps.append((plain[-mask.sum() :] - logprobs[:, mask]).abs().max().item())
-    expected = "the same log-probabilities with padding and without, from sampler and loss"
+    expected = "the log-probabilities of the plain model, from sampler and loss"
     require(np.max(gaps) < (0.2 if args.dtype == "bfloat16" else 0.05), "--model", expected, f"differences of {gaps}")
 
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
-    """Share of the reference's characters, and its end as one more, that are in their place in the response."""
+    """Share of the reference's characters that are in their place in the response; its end is one more."""
     pairs = [(response, str(text)) for response, text in zip(responses, reference)]
     return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 
@@ -690,7 +690,7 @@ def reward_model(name, args, device):
     model = load_whole(transformers.AutoModelForSequenceClassification, name, "--reward", dtype).to(device).eval()
     # Padded on the right, since positions count from the first token.
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
-    # A decoder's score is read at its last token that is not padding; an end token may close a text and count.
+    # A decoder's score is read at its last token that is not padding; an end token may count.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.eos_token
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id
@@ -714,7 +714,7 @@ def reward_model(name, args, device):
 
 
 def load_reward(args, device, rows):
-    """`score_responses` by --reward, of rows, responses and facts; tried on the first row and an empty response."""
+    """`score_responses` of rows, responses and facts by --reward, after a trial on the first row."""
     name, (path, _, function) = args.reward, args.reward.rpartition(":")
     if name in REWARDS:
         reward_fn = REWARDS[name]
@@ -724,7 +724,7 @@ def load_reward(args, device, rows):
     elif name.startswith("model:"):
         reward_fn = reward_model(name.removeprefix("model:"), args, device)
     else:
-        expected = f"one of {', '.join(REWARDS)}, model:NAME or an existing FILE.py with :function"
+        expected = f"one of {', '.join(REWARDS)}, model:NAME or FILE.py:function"
         require(path.endswith(".py") and os.path.isfile(path), "--reward", expected, name)
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports, too
         with input_errors(f"--reward {name}: must not call exit", SystemExit):

@@ -170,9 +170,9 @@ def lines(*rows):
         (lines({"q": "a"}), ["--prompt-column", "reference"], ["['reference'] (--prompt-column, ", "found ['q']"]),
         (lines({"prompt": "a", "q": ""}), ["--prompt-column", "q"], ["row 1", "a prompt", "''"]),
         (lines(GOOD_ROW, GOOD_ROW | {"prompt": []}), [], ["row 2", "a prompt", "[]"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"prompt": 5}), [], ["row 2", "text or in all a list of messages", "5"]),
-        (lines(GOOD_ROW | {"prompt": ["a"]}, GOOD_ROW), [], ["row 2", "in all rows text or in all", "'ab'"]),
-        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ["a"]}), [], ["row 2", "in all rows text or in all", "['a']"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": 5}), [], ["row 2", "text in all rows or lists", "5"]),
+        (lines(GOOD_ROW | {"prompt": ["a"]}, GOOD_ROW), [], ["row 2", "text in all rows or lists", "'ab'"]),
+        (lines(GOOD_ROW, GOOD_ROW | {"prompt": ["a"]}), [], ["row 2", "text in all rows or lists", "['a']"]),
         (lines(GOOD_ROW | {"prompt": ["a"]}), [], ["--model", "messages of row 1"]),
         (lines(*[GOOD_ROW] * 20), [], ["--dataset", "held out"]),
         (lines({"prompt": "a"}, {"prompt": "b"}), [], ["--reward match", "a text reference", "found {'prompt': "]),
@@ -223,7 +223,7 @@ def test_the_context_is_that_of_the_part_for_text(model_folder, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: whole)
     with pytest.raises(
         SystemExit,
-        match="--response-length: expected at most the model's 32 positions, longest prompt included, found 33",
+        match="--response-length: expected at most 32 positions, .* found 33",
     ):
         load_policy(folder, None, 33)
 
@@ -306,7 +306,7 @@ def test_a_model_that_padding_changes_is_refused(kind, dtype, load_and_try):
     """Positions that begin after padding, positions that cannot be given, and attention to what follows."""
     settings = DECODER | dict(is_decoder=kind != "bert", change=make_loud)
     line = refusal(load_and_try, kind, dtype, **settings)
-    assert "the same log-probabilities with padding and without" in line
+    assert "the log-probabilities of the plain model, from sampler and loss" in line
 
 
 @pytest.mark.parametrize("row", [0, 1])

@@ -763,4 +763,4 @@ def test_models_that_do_not_fit_are_refused(tmp_path, model_folder, capsys):
     assert "all weights in " in (error := error_of(capsys, reinforce_lm, *flags)) and "lm_head" in error
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    assert "--model: expected `tiny` or a checkpoint with a tokenizer" in error_of(capsys, reinforce_lm, *flags)
+    assert "--model: not `tiny` or a checkpoint with a tokenizer" in error_of(capsys, reinforce_lm, *flags)
