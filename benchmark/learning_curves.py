@@ -5,6 +5,10 @@
     python benchmark/learning_curves.py --name reviews --metric score --scripts ppo_lm \\
         --flags="--model DIR --dataset FILE.jsonl --reward FILE.py:function"                     # another task
     python benchmark/learning_curves.py --name reviews --metric score --reuse                    # draws what is there
+    python benchmark/learning_curves.py --name kl --kl --flags="--total-episodes 51200"              # KL of each update
+
+The scripts log different KLs. With --kl all are measured alike: exact, from the old policy to the new one, mean over
+the tokens of the batch that the update learned from.
 
 runs/NAME keeps what runs logged, so that scripts with different flags can be trained one by one and drawn together.
 Both x-axes count training alone: episodes, and the sum of `time/iteration_seconds`, without start and evaluation.
@@ -41,7 +45,30 @@ class Args:
     eval_every: int = 10  # iterations between evaluations, the resolution of the curves
     name: str = "learning_curves"  # name of the picture, the table and the runs
     metric: str = "exact"  # what to draw, or "score", for rewards that are not about exact matches
+    kl: bool = False  # measure the exact KL of each update but the last, which takes time, and draw nothing
     reuse: bool = False  # train nothing
+
+
+def install():
+    """In the process of a script: make sampling measure, and print, what the update before it did."""
+    import common
+    import trpo_lm
+
+    sample, last, updates = common.sample, [], itertools.count(1)
+
+    @torch.no_grad()
+    def measuring_sample(policy, tokenizer, end_ids, args, *others, **settings):
+        is_batch = len(others) == 2  # rows and samples per prompt: no evaluation and no trial
+        if last and is_batch:
+            kl = trpo_lm.exact_kl(last[1], common.response_logits(policy, *last[0], args), args.temperature).mean()
+            print("record", json.dumps(["kl", kl.item(), next(updates), 0, 0]))
+        results = sample(policy, tokenizer, end_ids, args, *others, **settings)
+        if is_batch:
+            last[:] = results[:3], common.response_logits(policy, *results[:3], args)  # (n, V)
+        return results
+
+    common.sample = measuring_sample
+    throughput.install()
 
 
 def train(script, seeds, args, group):
@@ -49,7 +76,8 @@ def train(script, seeds, args, group):
     flags, start, seed = f"--eval-every {args.eval_every} {args.flags}".strip(), time.time(), next(seeds)
     path = Path("runs", args.name, f"{script}_{seed}.json")
     if not args.reuse:
-        run = throughput.run_script(f"{script}.py", *shlex.split(flags), seed=seed).metrics
+        module = "learning_curves" if args.kl else "throughput"
+        run = throughput.run_script(f"{script}.py", *shlex.split(flags), module=module, seed=seed).metrics
         commit = subprocess.getoutput("git describe --always --dirty")[-30:]
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
         notes = f"- `python {script}.py {flags} --seed N`, commit {commit}, {machine}, {time.strftime('%F')}"
@@ -63,6 +91,10 @@ def train(script, seeds, args, group):
     exact = metrics.get("eval/exact", [score * np.nan])[-1]  # (E,)
     kl = metrics.get("objective/kl_ref", np.full((2, 1), np.nan))[1]  # (I,)
     group.append({"episodes": episodes, "elapsed": elapsed, "exact": exact, "score": score, "notes": run["notes"]})
+    if args.kl:
+        kl = metrics["kl"][1]  # (I - 1,)
+        figures = {"median KL": np.median(kl), "99 % of updates below": np.quantile(kl, 0.99), "largest": kl.max()}
+        return figures | {"exact match, %": 100 * exact[-1], "score": score[-1]}
     figures = {"exact match, %": 100 * exact[-1], "score": score[-1], "KL": kl[-max(1, len(kl) // 10) :].mean()}
     figures |= {"episodes to 90 %": min(episodes[exact >= 0.9], default=np.inf)}
     figures |= {"seconds to 90 %": min(elapsed[exact >= 0.9], default=np.inf)}
@@ -91,7 +123,8 @@ def main(args):
     runs = {script: [] for script in args.scripts}
     calls = {f"`{s}.py`": functools.partial(train, s, itertools.cycle(args.seeds), args, runs[s]) for s in runs}
     throughput.compare(f"Seeds {args.seeds}:", calls, len(args.seeds), throughput.each)
-    draw(runs, f"docs/{args.name}.png", args.metric)
+    if not args.kl:
+        draw(runs, f"docs/{args.name}.png", args.metric)
     notes = dict.fromkeys(run["notes"] for group in runs.values() for run in group)  # each once
     print(ABOUT, *notes, sep="\n")
 

@@ -38,20 +38,13 @@ SCRIPTS = {
 
 @dataclass
 class Args:
-    output_dir: str = "runs/metric_reward"
-    """folder for data, models and runs"""
-    scripts: tuple[str, ...] = tuple(SCRIPTS)
-    """scripts to run"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of each script"""
-    reward: str = "rouge"
-    """rouge or bleu"""
-    epochs: int = 20
-    """epochs of maximum likelihood; the reward takes over from the one with the best held-out loss"""
-    rows: int = 4096
-    """training rows"""
-    total_episodes: int = 25_600
-    """responses of each run"""
+    output_dir: str = "runs/metric_reward"  # folder for data, models and runs
+    scripts: tuple[str, ...] = tuple(SCRIPTS)  # scripts to run
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of each script
+    reward: str = "rouge"  # rouge or bleu
+    epochs: int = 20  # of maximum likelihood; the reward takes over from the one with the best held-out loss
+    rows: int = 4096  # training rows
+    total_episodes: int = 25_600  # responses of each run
 
 
 def make_rows(count, seed):
@@ -78,7 +71,7 @@ def make_tokenizer():
 
 
 def loss(model, tokenizer, rows):
-    """Mean cross-entropy of the references' tokens, given their sources: a scalar with a graph."""
+    """Mean cross-entropy of the references' tokens, given their sources."""
     ids = [torch.tensor(tokenizer(f"{row['prompt']} {row['reference']} <end>").input_ids) for row in rows]
     starts = torch.tensor([len(tokenizer(row["prompt"]).input_ids) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)  # (B, L)

@@ -5,9 +5,9 @@
 
 All is measured in processes of its own, in turn, A B A B ..., `--rounds` times. A figure is the median of the rounds,
 with their range; a ratio is the median of their ratios of the first figure to the first row's. CPU seconds, of all
-threads, depend less than seconds on what else the machine does. Parts: `rollout`, common.sample and transformers'
-`generate` at a fixed length; `update`, forward and backward passes over 64 responses, a third of whose columns is real;
-`scripts`, an iteration of each script on `sort`. Without --model weights are random.
+threads, depend less than seconds on what else the machine does. Parts: `update`, forward and backward passes over 64
+responses, a third of whose columns is real; `scripts`, an iteration of each script on `sort`. Without --model weights
+are random.
 """
 
 import atexit
@@ -44,13 +44,10 @@ CASE |= dict(flags={}, compile=False, rate=0.0)
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = ("rollout", "update", "scripts")  # what to measure
+    parts: tuple[str, ...] = ("update", "scripts")  # what to measure
     baseline_tree: str = ""  # folder of another tree, commit fad5699 or later
-    model: str = ""  # rollout, update: folder of a model
+    model: str = ""  # update: folder of a model
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # update: precisions
-    prompt_length: int = 16  # update: tokens of the longest prompt
-    response_length: int = 64  # update: tokens of the longest response
-    micro_batch_tokens: tuple[int, ...] = ()  # update: of this tree, if not the default
     rounds: int = 3  # times that everything is measured
     updates: int = 30  # scripts: iterations that are timed, after five that are not
 
@@ -299,23 +296,11 @@ def iteration(tree, script, skip, **flags):
     return {name: median(values[skip:]) for name, values in figures.items()} | {"peak GiB": run.gib}
 
 
-def part_rollout(args, folder):
-    model = args.model or random_model(folder, 64, 2, 4, 4, 256, 11)
-    case = dict(responses=32, response_length=24) if args.model else dict(responses=256, response_length=6, repeats=20)
-    case |= dict(what="rollout", model=model, lengths="fixed", samples=4)
-    flags = {"growing cache": {}, "static cache": dict(cache_implementation="static", disable_compile=True)}
-    generate = {f"generate, {name}": case | dict(what="generate", flags=flags[name]) for name in flags}
-    ours = {"common.sample": case}
-    compare_cases(f"rollout, {case}", ours | generate, ours, args.baseline_tree, args.rounds)
-
-
 def part_update(args, folder):
     model = args.model or random_model(folder, 192, 2, 6, 2, 512, 50_257)
     for dtype in args.dtypes:
-        case = dict(model=model, dtype=dtype, prompt_length=args.prompt_length, response_length=args.response_length)
-        sizes = {f"--micro-batch-tokens {n}": {"micro_batch_tokens": n} for n in args.micro_batch_tokens}
-        ours = {name: case | {"flags": flags} for name, flags in (sizes or {"defaults": {}}).items()}
-        compare_cases(f"update, {case}", ours, {"defaults": case}, args.baseline_tree, args.rounds)
+        case = {"defaults": dict(model=model, dtype=dtype)}
+        compare_cases(f"update, {dtype}", case, case, args.baseline_tree, args.rounds)
 
 
 def part_scripts(args, folder):

@@ -42,7 +42,7 @@ def message_of(capsys, monkeypatch, *flags, script=reinforce_lm):
         (["--dataset", "nowhere.jsonl"], ["--dataset", "nowhere.jsonl", "No such file"]),
         (["--dataset", "no-such-set"], ["--dataset", "sort", "datasets", "no-such-set"]),
         (["--reward", "no-such-reward"], ["--reward", "match, exact, rouge, bleu", "no-such-reward"]),
-        (["--reward", "missing.py:fn"], ["--reward", "an existing FILE.py", "missing.py"]),
+        (["--reward", "missing.py:fn"], ["--reward", "FILE.py:function", "missing.py"]),
         (["--model", "/no/such/model"], ["--model", "/no/such/model"]),
         (["--prompt-length", "4"], ["--prompt-length", "row 1", "1 to 4 tokens", "5"]),
         (["--samples-per-prompt", "1"], ["--samples-per-prompt", "leave_one_out", "1"]),
