@@ -94,6 +94,7 @@ def test_prompts_are_padded_on_the_left():
     assert mask.tolist() == [[False, False, True, True], [True] * 4, [False, False, False, True]]
     assert [row[real].tolist() for row, real in zip(ids, mask)] == [[a, b], [a, b, b, a], [b]]
     assert padded([a, b], [b])[0].shape == (2, 2), "the longest of the chosen ones has two tokens"
+    assert padded([a, 0, b], [0, b])[1].tolist() == [[True] * 3, [False, True, True]], "of the padding's id, too"
 
 
 def test_texts_and_their_prompts_survive_a_tokenizer_that_merges(tmp_path):
