@@ -14,8 +14,8 @@ tokens p and a response of two tokens a and an end token e:
     logits at column              2    3    4                  (n, V)      predict a1, a2, e: one column earlier
     values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e, pad, and after it
 
-Without tools the mask ends after the first end token that was sampled, an action like any other. It is made once, by
-the rollout. Nothing compares ids with the padding id, which may be the end token's:
+The mask ends after the first end token that was sampled, an action like any other. It is made once, by the rollout;
+nothing compares ids with the padding id, which may be the end token's:
 
 >>> responses = torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0], [5, 7, 9, 8]])  # 0 is the end token and also the padding
 >>> response_mask = mask_through_first_end(responses, end_ids=[0])
@@ -46,7 +46,7 @@ import transformers
 import tyro
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -76,13 +76,14 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 def parse_flags(args_class, tiny, adapters, argv=None):
     """Parse the command line: -> args, and the checkpoint of --resume, whose flags are the defaults, or None."""
-    # Twice, for --model, --lora-rank and --resume decide about the defaults of the others.
-    about = f"Defaults of --model tiny: {tiny}. Defaults with --lora-rank: {adapters}."
-    args = tyro.cli(args_class, args=argv, description=about)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    # Parsed twice, because --model, --lora-rank and --resume determine the defaults of the others.
+    about = f"Defaults of --model tiny: {tiny}. Defaults of other models with --lora-rank: {adapters}."
+    args, checkpoint = tyro.cli(args_class, args=argv, description=about), None
     values = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
-    values = checkpoint["args"] if checkpoint else values
-    require(values.keys() <= get_type_hints(args_class).keys(), "--resume", "a run of this script", args.resume)
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume)
+        values, known = checkpoint["args"], get_type_hints(args_class)
+        require(values.keys() <= known.keys(), "--resume", "a run of this script", args.resume)
     return tyro.cli(args_class, args=argv, default=args_class(**values), description=about), checkpoint
 
 
@@ -111,7 +112,7 @@ def start_ranks(args):
     if on_cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN (pytorch issue 196678)
-        torch.backends.cuda.matmul.allow_tf32 = True  # a tenth of bfloat16's error
+        torch.backends.cuda.matmul.allow_tf32 = True  # a tenth of the error of bfloat16
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_cuda else "gloo")
     if args.dtype == "auto":  # many CPUs have no bfloat16 products
@@ -143,7 +144,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64, so that the mean of equal values is that value, with no rounding error to learn from.
+    # In float64, so that the mean of equal values is that value: Adam would learn from a rounding error.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
 
@@ -166,7 +167,7 @@ def add_sums(sums, mask, values):
 
 
 def means_over_ranks(sums, count):
-    """A dictionary of sums, summed over all ranks and divided by `count`, as one of floats."""
+    """{name: sum of this rank} -> {name: sum over all ranks divided by `count`, a float}."""
     return dict(zip(sums, (all_reduce(torch.stack(list(sums.values()))) / count).tolist()))
 
 
@@ -189,7 +190,7 @@ def save_checkpoint(run_dir, iteration, state, keep=2):
     """Write `state` to run_dir/checkpoint_{iteration}.pt and delete all but the newest `keep`."""
     unfinished = Path(run_dir, "checkpoint.tmp")
     torch.save(state, unfinished)
-    os.replace(unfinished, Path(run_dir, f"checkpoint_{iteration:08d}.pt"))  # which is whole or not there
+    os.replace(unfinished, Path(run_dir, f"checkpoint_{iteration:08d}.pt"))  # all of it or nothing
     for old in sorted(Path(run_dir).glob("checkpoint_*.pt"))[:-keep]:
         old.unlink()
 
@@ -240,7 +241,7 @@ def load_policy(args, tokenizer, rows):
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # the padding id, which may be an end token, would get no gradient
     head = policy.get_output_embeddings()
-    head.forward = types.MethodType(full_precision_product, head)  # in a copy of the policy, of its own head
+    head.forward = types.MethodType(full_precision_product, head)  # a deep copy binds it to its own head
     if args.lora_rank:  # LoRA adapters (Hu et al. 2022) are all that is trained
         import peft
 
@@ -248,7 +249,7 @@ def load_policy(args, tokenizer, rows):
         config = peft.LoraConfig(r=args.lora_rank, base_model_name_or_path=args.model, **settings)
         peft.inject_adapter_in_model(config, policy)
         for name, parameter in policy.named_parameters():
-            # Autocast would round the frozen base anyway; but TRPO's update is in float32.
+            # Autocast would round the frozen base anyway, but not in TRPO (max_kl), whose update is in float32.
             if name.endswith("base_layer.weight") and args.dtype == "bfloat16" and not hasattr(args, "max_kl"):
                 parameter.data = parameter.data.bfloat16()
     return policy.eval()
@@ -272,7 +273,7 @@ def load_whole(auto_class, name, flag, dtype):
 
 
 def copy_network(network):
-    """A copy that shares the frozen parameters, the base of adapters."""
+    """A copy, but for frozen parameters, such as the base of adapters, which deepcopy takes for copied already."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
 
 
@@ -284,7 +285,7 @@ def prepare(network, device, args):
     for layer in network.modules():
         if args.activation_checkpointing and isinstance(layer, GradientCheckpointingLayer):
             keep_input = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            layer.forward = functools.partial(keep_input, layer.forward)  # without gradient it is just called
+            layer.forward = functools.partial(keep_input, layer.forward)
     return network.to(device)
 
 
@@ -302,18 +303,18 @@ def save_model(policy, tokenizer, args, run_dir):
         tokenizer.save_pretrained(f"{run_dir}/model")
 
 
-# ===== Passes over a micro-batch: a prompt is run once for its responses, without padding =====
+# ===== Passes over a micro-batch: a prompt is run once for its responses =====
 def position_ids(attention_mask):
     """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def micro_batches_of(groups, attention_mask, args):
-    """Deal rows into micro-batches of at most --micro-batch-tokens, padding included: (prompts, k) -> a list of (b,).
+    """Split rows into micro-batches of at most --micro-batch-tokens, padding included: (prompts, k) -> a list of (b,).
 
-    groups: the k row indices of each prompt. They stay together, as `share_prompts` runs a prompt once, or rows of like
-    length do, whichever computes fewer tokens. The longest responses come first, for they need most memory, and none is
-    shorter than two thirds of the first of its micro-batch.
+    groups: the k row indices of each prompt. They stay together, because `share_prompts` runs a prompt once, or rows of
+    similar length do, whichever computes fewer tokens. The longest responses, which need the most memory, come first. A
+    micro-batch ends before a response shorter than two thirds of its first, which would be mostly padding.
     """
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
@@ -356,7 +357,7 @@ class SharedLayer(DynamicLayer):
     rows = None  # while the prompts are run
 
     def update(self, keys, values, *_, **__):
-        """Keep or join; DynamicLayer appends, which a checkpointed layer would do twice."""
+        """Keep or join. DynamicLayer appends, twice if activation checkpointing runs a layer again."""
         if self.rows is None:
             self.keys, self.values, self.is_initialized = keys, values, True
             return keys, values
@@ -373,14 +374,14 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
     length = sequences.shape[1] - num_outputs  # of what may be shared
     ids = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, length)
-    is_first = torch.ones_like(attention_mask[:, 0])  # (b,), of the rows with its prompt
+    is_first = torch.ones_like(attention_mask[:, 0])  # (b,), of the rows with this prompt
     is_first[1:] = (ids[1:] != ids[:-1]).any(1)
-    if length <= 0 or 2 * is_first.sum() > len(sequences):
+    if length <= 0 or 2 * is_first.sum() > len(sequences):  # little to share, and a pass costs time
         return inputs | dict(use_cache=False)
     cache = Cache(layer_class_to_replicate=SharedLayer)
     prompts = {name: values[is_first, :length] for name, values in inputs.items()}  # (prompts, length) each
     network(**prompts, past_key_values=cache, use_cache=True)
-    layers = [copy.copy(layer) for layer in cache.layers]  # the prompts' own may be run again
+    layers = [copy.copy(layer) for layer in cache.layers]  # the prompts' own stay as they are
     for layer in layers:
         layer.rows = is_first.cumsum(0) - 1  # (b,)
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
@@ -410,8 +411,8 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
         return (hidden[:, -length:][response_mask][None],)
 
     with autocast(sequences.device, args):
+        # The prompts' pass comes before the hook. The last token is only predicted.
         prompt_pass = functools.partial(run, logits_to_keep=1)
-        # Without the last token, which is only predicted.
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
         with model.get_output_embeddings().register_forward_pre_hook(select):
             return run(**inputs).logits[0]
@@ -438,7 +439,7 @@ def load_rows(dataset, flag, args):
         digits = np.random.default_rng(0).permutation(100_000)[:NUM_SORT_PROMPTS]
         return [{"prompt": f"{i:05d}", "reference": "".join(sorted(f"{i:05d}"))} for i in digits]
     is_file, rows, columns = dataset.endswith((".jsonl", ".json")), [], None
-    needed = {args.prompt_column} | {args.reference_column} - {"reference"}  # which need not be there
+    needed = {args.prompt_column} | ({args.reference_column} - {"reference"})  # the default one is optional
     with input_errors(f"{flag}: not sort, FILE.jsonl, or a hub name (pip install datasets): {dataset!r}"):
         if is_file:
             lines = Path(dataset).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
@@ -469,7 +470,7 @@ def encode_prompts(tokenizer, rows, prompt_length):
         with input_errors("--model: its tokenizer has to know the prompts"):
             ids = tokenizer(prompts).input_ids
             is_special = tokenizer(prompts[0], return_special_tokens_mask=True).special_tokens_mask
-            num_closing = is_special[::-1].index(0)  # no response follows a token that closes the text
+            num_closing = is_special[::-1].index(0)  # [SEP] or the like: no response could follow
         ids = [tokens[: len(tokens) - num_closing] for tokens in ids]
     else:
         ids = []
@@ -479,7 +480,7 @@ def encode_prompts(tokenizer, rows, prompt_length):
                 settings = dict(add_generation_prompt=not begun, continue_final_message=begun, return_dict=False)
                 ids.append(tokenizer.apply_chat_template(chat, **settings))
     for number, (row, tokens) in enumerate(zip(rows, ids), 1):
-        has_two = len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id  # its own and the tokenizer's
+        has_two = len(tokens) > 1 and tokens[0] == tokens[1] == tokenizer.bos_token_id  # the text's and the tokenizer's
         row["input_ids"] = tokens = tokens[1:] if has_two else tokens
         where = f"--prompt-length, row {number} ({str(row['prompt'])[:60]})"
         require(0 < len(tokens) <= prompt_length, where, f"1 to {prompt_length} tokens", len(tokens))
@@ -487,16 +488,16 @@ def encode_prompts(tokenizer, rows, prompt_length):
 
 def load_prompts(args, world_size):
     """The tokenizer of --model, training rows, and held-out rows, which are split off these unless given."""
-    needed = args.total_episodes or args.model == "tiny" or not args.eval_dataset  # made of all rows
+    needed = args.total_episodes or args.model == "tiny" or not args.eval_dataset  # tiny's tokenizer needs all
     rows = load_rows(args.dataset, "--dataset", args) if needed else []
     held_out = load_rows(args.eval_dataset, "--eval-dataset", args)[: args.eval_size] if args.eval_dataset else []
     tokenizer = load_tokenizer(args.model, rows + held_out)
     encode_prompts(tokenizer, rows + held_out, args.prompt_length)
     if not held_out:
-        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # whatever the seed
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # the same for all seeds
         held_out = rows[: max(world_size, min(args.eval_size, len(rows) // 10))]
         seen = {json.dumps(row["prompt"]) for row in held_out}
-        rows = [row for row in rows if json.dumps(row["prompt"]) not in seen]  # which may repeat
+        rows = [row for row in rows if json.dumps(row["prompt"]) not in seen]  # prompts may repeat
         require(rows, "--dataset", "a training prompt that is not held out (or --eval-dataset)", "none")
     return tokenizer, rows, held_out
 
@@ -511,14 +512,14 @@ def mask_through_first_end(responses, end_ids):
 def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
 
-    All sampling goes through here: another engine, such as vLLM, has to return the same. If it rounds otherwise, give
-    --dtype bfloat16, since REINFORCE and TRPO take these log-probabilities for log pi in float32, and --sampler-clip.
-    Tokens come from softmax(logits / temperature) of the policy as it is now, or are the most likely if `greedy`.
+    All sampling goes through here: another engine, such as vLLM, has to return the same. If it rounds differently, use
+    --dtype bfloat16, because in float32 REINFORCE and TRPO take these log-probabilities for log pi, and relax the check
+    of `try_model`. Tokens are from softmax(logits / temperature) of the current policy, or with `greedy` its modes.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
         response_mask: (N k, R), True for sampled tokens, the end token included; the score goes to the last.
         logprobs: (N k, R), log-probabilities under the distribution that was sampled, 0 outside the mask.
-        texts: N k, what the responses add to their prompts, for the reward; never to be encoded again.
+        texts: N k, what the responses add to their prompts. For the reward alone: they may encode to other tokens.
         facts: two lists, whether a response `ended`, or was cut at the length limit, and its `num_tokens`.
     """
     ids = [torch.tensor(row["input_ids"]) for row in rows]
@@ -539,7 +540,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
     decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
     prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
-    # Alone, a response may lose its first space. With it, a prompt may, rarely, be decoded otherwise.
+    # Decoded alone, a response may lose its first space; decoded with it, a prompt may, rarely, change.
     triples = zip(decode(prompts), decode([p + r for p, r in zip(prompts, tokens)]), tokens)
     texts = [both.removeprefix(prompt) if both.startswith(prompt) else decode([r])[0] for prompt, both, r in triples]
     return sequences, attention_mask, response_mask, logprobs, texts, facts
@@ -556,7 +557,7 @@ class FixedLayer(StaticLayer):
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
     """Sample responses token by token to (N, P) left-padded prompts, each of which is run once for all its samples.
 
-    Settings of generation_config.json, such as top-k, are not used: their gradient would be another one.
+    Settings of generation_config.json, such as top-k, are not used: they would sample from another distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
 
     On CUDA the cache of keys and values has its final size from the start, so that the pass of one token is the same
@@ -564,10 +565,8 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     """
     device, on_cuda = prompts.device, prompts.device.type == "cuda"
     cache, graph = DynamicCache(config=model.config), None
-    kinds = {type(layer) for layer in cache.layers}
-    require(kinds <= {DynamicLayer, DynamicSlidingWindowLayer}, "--model", "attention layers and no other", kinds)
     # Sliding windows count positions outside of tensors, where a captured graph would not see them move.
-    fixed_size = on_cuda and args.cuda_graph and kinds == {DynamicLayer}
+    fixed_size = on_cuda and args.cuda_graph and {type(layer) for layer in cache.layers} == {DynamicLayer}
     if fixed_size:
         cache = Cache([FixedLayer(prompts.shape[1] + args.response_length) for _ in cache.layers])
 
@@ -629,10 +628,10 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
 
 @torch.no_grad()
 def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
-    """Refuse a model that padding, the cache of keys and values, or an unknown token would silently make wrong.
+    """Refuse a model whose results padding, the cache of keys and values, or an unknown token would change silently.
 
-    To two samples of four tokens after the longest prompt, and after half of it, sampler and loss have to give the
-    log-probabilities of the plain model; in float32, but for adapters.
+    Two samples of four tokens follow the longest prompt, two follow half of it. Sampler and loss have to give each the
+    log-probabilities of the plain model, in float32 unless there are adapters.
     """
     longest = max((row["input_ids"] for row in rows), key=len)
     largest = max(*end_ids, *[max(row["input_ids"]) for row in rows])
@@ -653,7 +652,7 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
-    """Share of the reference's characters that are in their place in the response; its end is one more."""
+    """Share of the reference's characters that are in their place in the response; its end counts as one."""
     pairs = [(response, str(text)) for response, text in zip(responses, reference)]
     return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 
@@ -684,7 +683,7 @@ REWARDS = {"match": match_reward, "exact": exact_reward, "rouge": rouge_reward, 
 def reward_model(name, args, device):
     """A reward function: one logit of a sequence classifier, for prompt and response as one text.
 
-    Its own chat template makes that of messages. Of a text that is too long the end is read.
+    Messages become text by its own chat template. If a text is too long, its end is read.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_whole(transformers.AutoModelForSequenceClassification, name, "--reward", dtype).to(device).eval()
@@ -704,7 +703,7 @@ def reward_model(name, args, device):
             texts = [prompt + response for prompt, response in zip(prompts, responses)]
         else:
             chats = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, responses)]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)  # which writes the special tokens
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)  # special tokens included
         for start in range(0, len(texts), 32):  # texts at once
             inputs = tokenizer(texts[start : start + 32], **settings, padding=True, add_special_tokens=is_text)
             scores.append(model(**inputs.to(device)).logits[:, args.reward_logit].float())
@@ -714,8 +713,9 @@ def reward_model(name, args, device):
 
 
 def load_reward(args, device, rows):
-    """`score_responses` of rows, responses and facts by --reward, after a trial on the first row."""
-    name, (path, _, function) = args.reward, args.reward.rpartition(":")
+    """Load --reward and try it on the first row: -> `score_responses` for rows, responses and facts."""
+    name = args.reward
+    path, _, function = name.rpartition(":")
     if name in REWARDS:
         reward_fn = REWARDS[name]
         for row in rows:

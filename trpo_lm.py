@@ -472,7 +472,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None
+    reference = None  # or a copy, which with adapters shares the base
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -589,7 +589,7 @@ def main(args, checkpoint=None):
 
         # ===== [3/5] Generalized advantages (algorithm) =====
         all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
-        values = all_values[:, :-1]  # (B, R)
+        values = all_values[:, :-1]  # (B, R), also of padding, which GAE skips
         is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), rows that fill all R columns
         value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
         advantages = generalized_advantages(  # (B, R)

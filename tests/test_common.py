@@ -375,7 +375,10 @@ def load_reward(tmp_path, monkeypatch):
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
     sys.modules |= before
-    vars(sys.modules["__main__"]).update(main)
+    namespace = vars(sys.modules["__main__"])
+    for name in set(namespace) - set(main):  # a worker of pytest-xdist has no __file__ there
+        del namespace[name]
+    namespace.update(main)
 
 
 def scores_of(score_responses, responses=("", "ab"), prompt="a"):
