@@ -35,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
-# Threads that spin while they wait make two programs that share a machine ten times slower.
+# Threads that spin while waiting make two programs on one machine ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch is imported
 
 import numpy as np
@@ -52,7 +52,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ===== Errors =====
 def require(condition, name, expected, found):
-    """End Python with one line on standard error unless `condition` holds. name: a flag or a row."""
+    """Exit with one line on standard error unless `condition` holds. name: a flag or a row."""
     if not condition:
         sys.exit(" ".join(f"error: {name}: expected {expected}, found {str(found)[:300]}".split()))
 
@@ -88,7 +88,7 @@ def parse_flags(args_class, tiny, adapters, argv=None):
 
 
 def check_flags(args, world_size):
-    """End with one line about the first flag with a value that makes no sense."""
+    """Exit with one line about the first flag whose value makes no sense."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         for expected, holds in getattr(hint, "__metadata__", ()):
             require(holds(getattr(args, name)), f"--{name.replace('_', '-')}", expected, getattr(args, name))
@@ -121,7 +121,7 @@ def start_ranks(args):
 
 
 def make_generator(device, *key):
-    """A torch.Generator that depends on the integers of `key` alone."""
+    """A torch.Generator seeded by the integers of `key` alone."""
     # The length of the key counts, or (1, 2) and (1, 2, 0) would be one stream.
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
@@ -144,7 +144,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64, so that the mean of equal values is that value: Adam would learn from a rounding error.
+    # In float64: equal values then have exactly their mean, and Adam no rounding error to learn from.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
 
@@ -174,7 +174,7 @@ def means_over_ranks(sums, count):
 def clip_gradients(network, max_grad_norm):
     """Sum the gradients of all ranks, clip their norm in place, and return the norm before clipping."""
     parameters = trained_parameters(network).values()
-    for p in parameters:  # an expert that no token was routed to has no gradient
+    for p in parameters:  # an expert that got no token has no gradient
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     require(norm < float("inf"), "gradient", "a finite norm; try a lower learning rate", norm)
@@ -220,7 +220,7 @@ def load_tokenizer(model, rows):
 def load_policy(args, tokenizer, rows):
     """The causal language model of --model in float32 on the CPU; tiny is a GPT-2 with random weights.
 
-    It stays in evaluation mode: with dropout the loss would score another policy than the one that sampled.
+    It stays in evaluation mode: with dropout the loss would score a policy other than the one that sampled.
     Prompts and responses have to fit its context.
     """
     context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
@@ -228,7 +228,7 @@ def load_policy(args, tokenizer, rows):
     if args.model == "tiny":
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
         size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
-        config = transformers.GPT2Config(**size, **special, activation_function="gelu_pytorch_tanh")  # one kernel
+        config = transformers.GPT2Config(**size, **special, activation_function="gelu_pytorch_tanh")  # a fused kernel
         policy = transformers.AutoModelForCausalLM.from_config(config)
     else:
         with input_errors(f"--model: could not load {args.model!r}"):
@@ -273,15 +273,12 @@ def load_whole(auto_class, name, flag, dtype):
 
 
 def copy_network(network):
-    """A copy, but for frozen parameters, such as the base of adapters, which deepcopy takes for copied already."""
+    """A deep copy that shares frozen parameters, the base of adapters: the memo marks them as copied."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
 
 
 def prepare(network, device, args):
-    """Move a network to the device; with --activation-checkpointing its layers keep only their input.
-
-    Copy a network before preparing it: in a copy, `layer.forward` would still be the original's.
-    """
+    """Move a network to the device; with --activation-checkpointing its layers keep only their input."""
     for layer in network.modules():
         if args.activation_checkpointing and isinstance(layer, GradientCheckpointingLayer):
             keep_input = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -329,7 +326,7 @@ def micro_batches_of(groups, attention_mask, args):
             tokens = torch.arange(1, len(order) + 1) * (prompts.cummax(0).values + units.shape[1] * responses[0])
             fits = (tokens <= args.micro_batch_tokens) & (3 * responses >= 2 * responses[0])  # True, and then False
             size = max(1, fits.sum().item())
-            cost += tokens[size - 1].item()
+            cost += tokens[size - 1].item() if fits[0] or units.shape[1] == 1 else float("inf")  # too large a group
             micro_batches.append(units[order[:size]].flatten())
             order, prompts, responses = order[size:], prompts[size:], responses[size:]
         plans.append((cost, micro_batches))
@@ -357,7 +354,7 @@ class SharedLayer(DynamicLayer):
     rows = None  # while the prompts are run
 
     def update(self, keys, values, *_, **__):
-        """Keep or join. DynamicLayer appends, twice if activation checkpointing runs a layer again."""
+        """Keep or join, never append: activation checkpointing runs a layer twice."""
         if self.rows is None:
             self.keys, self.values, self.is_initialized = keys, values, True
             return keys, values
@@ -381,7 +378,7 @@ def share_prompts(network, sequences, attention_mask, num_outputs):
     cache = Cache(layer_class_to_replicate=SharedLayer)
     prompts = {name: values[is_first, :length] for name, values in inputs.items()}  # (prompts, length) each
     network(**prompts, past_key_values=cache, use_cache=True)
-    layers = [copy.copy(layer) for layer in cache.layers]  # the prompts' own stay as they are
+    layers = [copy.copy(layer) for layer in cache.layers]  # in a second run of the prompts theirs keep rows = None
     for layer in layers:
         layer.rows = is_first.cumsum(0) - 1  # (b,)
     inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
@@ -411,7 +408,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
         return (hidden[:, -length:][response_mask][None],)
 
     with autocast(sequences.device, args):
-        # The prompts' pass comes before the hook. The last token is only predicted.
+        # Prompts run before the hook is set. The last token is predicted, not read.
         prompt_pass = functools.partial(run, logits_to_keep=1)
         inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
         with model.get_output_embeddings().register_forward_pre_hook(select):
@@ -487,8 +484,8 @@ def encode_prompts(tokenizer, rows, prompt_length):
 
 
 def load_prompts(args, world_size):
-    """The tokenizer of --model, training rows, and held-out rows, which are split off these unless given."""
-    needed = args.total_episodes or args.model == "tiny" or not args.eval_dataset  # tiny's tokenizer needs all
+    """The tokenizer of --model, training rows, and held-out rows, split off the former unless given."""
+    needed = args.total_episodes or args.model == "tiny" or not args.eval_dataset  # else only an evaluation
     rows = load_rows(args.dataset, "--dataset", args) if needed else []
     held_out = load_rows(args.eval_dataset, "--eval-dataset", args)[: args.eval_size] if args.eval_dataset else []
     tokenizer = load_tokenizer(args.model, rows + held_out)
@@ -512,9 +509,9 @@ def mask_through_first_end(responses, end_ids):
 def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
 
-    All sampling goes through here: another engine, such as vLLM, has to return the same. If it rounds differently, use
+    All sampling goes through here: another engine, such as vLLM, must return the same. If it rounds differently, use
     --dtype bfloat16, because in float32 REINFORCE and TRPO take these log-probabilities for log pi, and relax the check
-    of `try_model`. Tokens are from softmax(logits / temperature) of the current policy, or with `greedy` its modes.
+    of `try_model`. Tokens are from softmax(logits / temperature) of the current policy, or the argmax if `greedy`.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
         response_mask: (N k, R), True for sampled tokens, the end token included; the score goes to the last.
@@ -527,13 +524,13 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # Until the end of this block autocast keeps the weights that it has rounded, once for all tokens.
+    # In this block autocast rounds the weights once and keeps them for all tokens.
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prompts = zip(ids.split(at_once), mask.split(at_once))
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-    # A tool's tokens would be real here, but False in the response mask, and part of `tokens`.
+    # A tool's tokens would be True here, False in the response mask, and counted in `tokens`.
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
@@ -555,7 +552,7 @@ class FixedLayer(StaticLayer):
 
 @torch.no_grad()
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
-    """Sample responses token by token to (N, P) left-padded prompts, each of which is run once for all its samples.
+    """Sample responses token by token to (N, P) left-padded prompts, each run once for all its samples.
 
     Settings of generation_config.json, such as top-k, are not used: they would sample from another distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
@@ -601,7 +598,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         if t + 1 == args.response_length:
             break
         inputs.copy_(tokens)
-        if not on_cuda or t % 16 == 15:  # counting the rows that go on waits for the GPU
+        if not on_cuda or t % 16 == 15:  # counting unfinished rows waits for the GPU
             going_on = (~ended).nonzero()[:, 0]
             if not len(going_on):
                 break
@@ -616,7 +613,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             continue
         used = mask if fixed_size else mask[:, : length + t + 1]
         logits = forward(inputs, positions, used)
-        if fixed_size and t + 8 < args.response_length:  # recording costs three tokens' gain
+        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # where replays write; not run now
@@ -628,10 +625,10 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
 
 @torch.no_grad()
 def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
-    """Refuse a model whose results padding, the cache of keys and values, or an unknown token would change silently.
+    """Refuse a model if padding, the cache or an unknown token would silently change its results.
 
-    Two samples of four tokens follow the longest prompt, two follow half of it. Sampler and loss have to give each the
-    log-probabilities of the plain model, in float32 unless there are adapters.
+    Two samples of four tokens follow the longest prompt, two follow half of it. Sampler and loss must give the plain
+    model's log-probabilities, in float32, or with adapters in --dtype.
     """
     longest = max((row["input_ids"] for row in rows), key=len)
     largest = max(*end_ids, *[max(row["input_ids"]) for row in rows])
@@ -652,13 +649,13 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
-    """Share of the reference's characters that are in their place in the response; its end counts as one."""
+    """Share of the reference's characters that are in place in the response; its end counts as one more."""
     pairs = [(response, str(text)) for response, text in zip(responses, reference)]
     return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 
 
 def exact_reward(prompts, responses, reference, **columns):
-    """1 if response and reference are the same except for white space around them, else 0."""
+    """1 if response and reference are equal up to surrounding white space, else 0."""
     return [float(response.strip() == str(text).strip()) for response, text in zip(responses, reference)]
 
 
@@ -683,13 +680,13 @@ REWARDS = {"match": match_reward, "exact": exact_reward, "rouge": rouge_reward, 
 def reward_model(name, args, device):
     """A reward function: one logit of a sequence classifier, for prompt and response as one text.
 
-    Messages become text by its own chat template. If a text is too long, its end is read.
+    Messages become text by its own chat template. Of a long text the end is read.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_whole(transformers.AutoModelForSequenceClassification, name, "--reward", dtype).to(device).eval()
     # Padded on the right, since positions count from the first token.
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
-    # A decoder's score is read at its last token that is not padding; an end token may count.
+    # A decoder is scored at its last token other than padding, which may be the end token.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.eos_token
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id
@@ -703,6 +700,9 @@ def reward_model(name, args, device):
             texts = [prompt + response for prompt, response in zip(prompts, responses)]
         else:
             chats = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, responses)]
+            for chat in chats:
+                if chat[-2]["role"] == "assistant":  # an answer that had begun
+                    chat[-1]["content"] = chat.pop(-2)["content"] + chat[-1]["content"]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)  # special tokens included
         for start in range(0, len(texts), 32):  # texts at once
             inputs = tokenizer(texts[start : start + 32], **settings, padding=True, add_special_tokens=is_text)

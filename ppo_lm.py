@@ -9,7 +9,7 @@ next token, the policy pi is the language model, and an end token is an action l
 earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
-    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(responses / horizon, 1)) with --kl-ref-target
+    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(batch / horizon, 1)) with --kl-ref-target
 
 PPO (Schulman et al. 2017) samples a batch with the policy pi_old and takes several gradient steps on it. A critic V
 predicts the return of a state. The advantage of a token says how much better it turned out than that: tokens with a
@@ -115,9 +115,9 @@ class Args:
     sampler_clip: NonNegative[float] = 0.0
     """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
     micro_batch_tokens: Positive[int] = 4096
-    """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
+    """tokens per forward and backward pass, padding included; bounds memory and changes nothing but the speed"""
     rollout_tokens: Positive[int] = 262_144
-    """tokens, prompts and longest responses, of the responses sampled at once; bounds memory"""
+    """tokens of the prompts and longest responses that are sampled at once; bounds memory"""
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
@@ -135,7 +135,7 @@ class Args:
     kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_ref_horizon: Positive[int] = 10_000
-    """responses over which beta is adapted"""
+    """responses in which beta changes by at most about 20 %"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
 
@@ -163,7 +163,7 @@ class Args:
     penalty_target: Positive[float] = 0.01
     """target for the KL to the old policy, in nats per token, for --surrogate kl_penalty"""
     target_kl: NonNegative[float] = 0.0
-    """stop the epochs early when the KL to the old policy, in nats per token, exceeds this; 0 disables"""
+    """end the steps on a batch early when the KL to the old policy, in nats per token, exceeds this; 0 disables"""
     ent_coef: NonNegative[float] = 0.0
     """weight of the entropy bonus"""
     gae_lambda: ZeroToOne[float] = 0.95
@@ -186,7 +186,7 @@ ADAPTERS = dict(learning_rate=3e-5, critic_learning_rate=1e-4)
 
 # ===== Log-probabilities (shared by all three scripts) =====
 def token_statistics(logits, tokens, temperature, entropy_gradient=False):
-    """Log pi of each token, and the entropy of pi in its place: (n, V), (n,) -> (n,), (n,)."""
+    """Log pi of each token, and the entropy of pi there: (n, V), (n,) -> (n,), (n,)."""
     log_pi = (logits / temperature).log_softmax(-1)  # (n, V), kept for the backward pass in place of the logits
     logprobs = log_pi.gather(1, tokens[:, None])[:, 0]
     log_pi = log_pi if entropy_gradient else log_pi.detach()  # without a bonus, pi is not kept for the backward pass
@@ -194,7 +194,7 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 
 
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
-    """Log pi of each response token, and the entropy of pi in its place: (b, P+R) twice, (b, R) -> (b, R), (b, R).
+    """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
     The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
     """
@@ -214,7 +214,7 @@ def batched_logprobs(model, batch, micro_batches, args):
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
 def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_ref_coef):
-    """Reward of each token: its KL penalty, and on the last real token the score.
+    """Reward of each token: its KL penalty, and on the last sampled token the score.
 
     Args:
         scores: (B,). logprobs, ref_logprobs, response_mask: (B, R).
@@ -333,11 +333,11 @@ def main(args, checkpoint=None):
     sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
     digest = zlib.crc32(json.dumps([train_rows, eval_rows], default=str).encode())
     first_iteration = 1
-    if checkpoint:  # paths may have changed
+    if checkpoint:  # compared by content: paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
         for name, network in networks.items():
-            network.load_state_dict(checkpoint["weights"][name], strict=False)  # which has no frozen ones
+            network.load_state_dict(checkpoint["weights"][name], strict=False)  # without frozen ones
         for name, its_optimizer in optimizers.items():
             its_optimizer.load_state_dict(checkpoint["optimizers"][name])
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
@@ -426,7 +426,7 @@ def main(args, checkpoint=None):
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
             state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
-        importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
+        importance_weights = torch.ones_like(logprobs)  # (B, R), pi / pi_sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
             importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
             is_clipped = importance_weights == args.sampler_clip  # (B, R)
@@ -435,7 +435,7 @@ def main(args, checkpoint=None):
         # ===== [3/5] Generalized advantages (algorithm) =====
         all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R), also of padding, which GAE skips
-        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), rows that fill all R columns
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), cut rows fill all R columns
         value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, value_after, args.gamma, args.gae_lambda
@@ -456,7 +456,7 @@ def main(args, checkpoint=None):
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # metrics of each optimizer step
         for minibatch in [minibatch for epoch in schedule for minibatch in epoch]:  # one loop, which `break` ends
-            # Of all ranks, whose gradients are summed.
+            # Of all ranks: `clip_gradients` sums their gradients.
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
             for indices in minibatch:
                 *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
@@ -477,7 +477,7 @@ def main(args, checkpoint=None):
                 common.add_sums(sums, mask, token_metrics | {"ratio": ratio, "kl_before_step": sampled_kl})
             step = common.means_over_ranks(sums, num_tokens)
             if args.target_kl and steps and step["kl_before_step"] > args.target_kl:
-                optimizer.zero_grad()  # the passes that gave the KL gave gradients, too: of a step that is not taken
+                optimizer.zero_grad()  # of the step that is not taken
                 critic_optimizer.zero_grad()
                 break
             step["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)

@@ -9,7 +9,7 @@ next token, the policy pi is the language model, and an end token is an action l
 earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
-    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(responses / horizon, 1)) with --kl-ref-target
+    (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(batch / horizon, 1)) with --kl-ref-target
 
 A critic V predicts the return of a state. The advantage of a token says how much better it turned out than that: tokens
 with a positive advantage become more likely. Generalized advantage estimation (Schulman et al. 2016) computes it:
@@ -122,9 +122,9 @@ class Args:
     sampler_clip: NonNegative[float] = 0.0
     """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
     micro_batch_tokens: Positive[int] = 4096
-    """tokens per forward and backward pass, padding included; bounds memory and changes nothing else but the speed"""
+    """tokens per forward and backward pass, padding included; bounds memory and changes nothing but the speed"""
     rollout_tokens: Positive[int] = 262_144
-    """tokens, prompts and longest responses, of the responses sampled at once; bounds memory"""
+    """tokens of the prompts and longest responses that are sampled at once; bounds memory"""
     output_dir: str = "runs"
     """folder for the run directories"""
     resume: str = ""
@@ -142,7 +142,7 @@ class Args:
     kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_ref_horizon: Positive[int] = 10_000
-    """responses over which beta is adapted"""
+    """responses in which beta changes by at most about 20 %"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
 
@@ -195,7 +195,7 @@ ADAPTERS = dict(critic_learning_rate=1e-4)
 
 # ===== Log-probabilities (shared by all three scripts) =====
 def token_statistics(logits, tokens, temperature, entropy_gradient=False):
-    """Log pi of each token, and the entropy of pi in its place: (n, V), (n,) -> (n,), (n,)."""
+    """Log pi of each token, and the entropy of pi there: (n, V), (n,) -> (n,), (n,)."""
     log_pi = (logits / temperature).log_softmax(-1)  # (n, V), kept for the backward pass in place of the logits
     logprobs = log_pi.gather(1, tokens[:, None])[:, 0]
     log_pi = log_pi if entropy_gradient else log_pi.detach()  # without a bonus, pi is not kept for the backward pass
@@ -203,7 +203,7 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 
 
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
-    """Log pi of each response token, and the entropy of pi in its place: (b, P+R) twice, (b, R) -> (b, R), (b, R).
+    """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
     The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
     """
@@ -223,7 +223,7 @@ def batched_logprobs(model, batch, micro_batches, args):
 
 # ===== KL-shaped rewards (shared by all three scripts) =====
 def shaped_rewards(scores, logprobs, ref_logprobs, response_mask, kl_ref_coef):
-    """Reward of each token: its KL penalty, and on the last real token the score.
+    """Reward of each token: its KL penalty, and on the last sampled token the score.
 
     Args:
         scores: (B,). logprobs, ref_logprobs, response_mask: (B, R).
@@ -303,21 +303,21 @@ def value_loss(new_values, values, value_targets, value_clip):
 
 def dot(a, b):
     """Inner product of two (D,) vectors: pieces in their own precision, added up in float64."""
-    size = 2**16 if a.device.type == "cpu" else 2**24  # bounds a CPU's rounding error; a launch each on a GPU
+    size = 2**16 if a.device.type == "cpu" else 2**24  # bounds rounding error on a CPU, launches on a GPU
     pieces = [torch.dot(x, y) for x, y in zip(a.split(size), b.split(size))]
     return torch.stack(pieces).double().sum().item()
 
 
 def unflatten(vector, policy):
-    """A (D,) vector as a dictionary from parameter names to views of it, in the parameters' shapes."""
+    """A (D,) vector as {name: view of it in the parameter's shape}."""
     parameters = common.trained_parameters(policy)
     pieces = vector.split([parameter.numel() for parameter in parameters.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
 
 def take_gradient(policy, out=None):
-    """The gradient that the backward passes added up, of all ranks, as one (D,) vector, `out` if given; it is reset."""
-    parameters = common.trained_parameters(policy).values()  # an expert that no token was routed to has no gradient
+    """The gradient of all backward passes and ranks as one (D,) vector, in `out` if given; gradients are reset."""
+    parameters = common.trained_parameters(policy).values()  # an expert that got no token has no gradient
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     vector = torch.cat([gradient.flatten() for gradient in gradients], out=out)
     policy.zero_grad()
@@ -360,7 +360,7 @@ def jacobian_vector_product(policy, vector, inputs, args):
 def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
     """F v over the response tokens of the micro-batches on all ranks, in Gauss-Newton form: (D,) -> (D,).
 
-    out: (D,), written over with the result if given: on a CPU, getting new memory for each product takes long.
+    out: (D,), overwritten with the result if given: new memory for each product is slow on a CPU.
     """
     num_tokens = all_reduce(sum(batch[2][indices].sum() for indices in micro_batches))
     for indices in micro_batches:
@@ -369,7 +369,7 @@ def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
         p = logits.softmax(-1)  # (n, V)
         change = p * (change - (p * change).sum(-1, keepdim=True)) / num_tokens  # (n, V), (diag p - p p') J v
         del logits, p  # as large as what the pass below keeps
-        with plain_attention():  # around the backward pass too, where activation checkpointing runs layers again
+        with plain_attention():  # also for the backward pass, where activation checkpointing reruns layers
             (common.response_logits(policy, *inputs, args) / args.temperature).backward(change)
     return take_gradient(policy, out)  # (8)
 
@@ -389,9 +389,9 @@ def fisher_quadratic_form(vector, policy, batch, micro_batches, num_tokens, args
 def conjugate_gradient(product, g, iters, relative_damping, tol):
     """Solve (F + d I) x = g for x, with d = relative_damping * g'Fg / g'g (Hestenes and Stiefel 1952).
 
-    Starts at x = 0, where the first product is F g. Ends at a small residual, or, with the last x that was good, when
+    Starts at x = 0, where the first product is F g. Ends at a small residual, or, with the last good x, when
     the curvature along the next direction is not positive or not finite. product: function v -> F v on (D,) vectors,
-    whose result is written over and may be the same memory each time.
+    whose result is overwritten and may reuse its memory.
     Returns x (D,), d, norm of the residual relative to that of g, iterations done.
     """
     x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
@@ -488,11 +488,11 @@ def main(args, checkpoint=None):
     sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
     digest = zlib.crc32(json.dumps([train_rows, eval_rows], default=str).encode())
     first_iteration = 1
-    if checkpoint:  # paths may have changed
+    if checkpoint:  # compared by content: paths may have changed
         same = checkpoint["sizes"] == sizes and (checkpoint["digest"] == digest or not num_iterations)
         common.require(same, "--resume", "the model, --lora-rank and rows that this run began with", "others")
         for name, network in networks.items():
-            network.load_state_dict(checkpoint["weights"][name], strict=False)  # which has no frozen ones
+            network.load_state_dict(checkpoint["weights"][name], strict=False)  # without frozen ones
         for name, its_optimizer in optimizers.items():
             its_optimizer.load_state_dict(checkpoint["optimizers"][name])
         first_iteration, state = checkpoint["iteration"] + 1, SimpleNamespace(**checkpoint["state"])
@@ -559,7 +559,7 @@ def main(args, checkpoint=None):
         # ===== Log-probabilities (algorithm) =====
         groups = torch.arange(local_batch_size, device=device).view(-1, args.samples_per_prompt)  # (B/k, k)
         micro_batches = common.micro_batches_of(groups, attention_mask, args)
-        # The update computes its own in float32. For the KL the sampler's will do where it is the policy itself.
+        # The update computes its own in float32. For the KL those of the sampler do, which in float32 is the policy.
         logprobs = sampler_logprobs  # (B, R)
         if args.dtype == "bfloat16":
             logprobs = batched_logprobs(policy, batch, micro_batches, args)
@@ -581,7 +581,7 @@ def main(args, checkpoint=None):
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
             state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
-        importance_weights = torch.ones_like(logprobs)  # (B, R), of the policy to the sampler
+        importance_weights = torch.ones_like(logprobs)  # (B, R), pi / pi_sampler
         if args.dtype == "bfloat16" and args.sampler_clip:
             importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
             is_clipped = importance_weights == args.sampler_clip  # (B, R)
@@ -590,7 +590,7 @@ def main(args, checkpoint=None):
         # ===== [3/5] Generalized advantages (algorithm) =====
         all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R), also of padding, which GAE skips
-        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), rows that fill all R columns
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), cut rows fill all R columns
         value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, value_after, args.gamma, args.gae_lambda

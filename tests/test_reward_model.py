@@ -216,3 +216,8 @@ def test_weights_that_the_class_would_drop_are_refused(changed):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="--reward: .*'score.bias'"):
         try_reward(folder)
+
+
+def test_an_answer_that_the_assistant_has_begun_and_the_response_are_one_turn(classifier, changed):
+    score = load(changed(use_turns))([[USER, BEGUN]], ["777"])
+    torch.testing.assert_close(score, load(classifier)(["#12!#34777!"], [""]))

@@ -217,6 +217,8 @@ def count_tokens(lines, prompts, lengths, budget):
     total, shared = 0, len(prompts[0]) - 1
     while lines:
         longest, k = max(lengths[row] for row in lines[0]), len(lines[0])
+        if k > 1 and len(prompts[0]) + k * longest > budget:
+            return float("inf")
         at_once = sum(3 * max(lengths[row] for row in line) >= 2 * longest for line in lines)
         at_once = min(at_once, max(1, budget // (len(prompts[0]) + k * longest)))
         rows, lines = sum(lines[:at_once], []), lines[at_once:]
@@ -225,7 +227,7 @@ def count_tokens(lines, prompts, lengths, budget):
     return total
 
 
-LAYOUTS = [(2, 4, 64, False), (2, 4, 300, False), (30, 4, 64, True), (30, 4, 300, True), (30, 4, 4000, True)]
+LAYOUTS = [(2, 4, 64, False), (2, 4, 300, False), (30, 4, 64, False), (30, 4, 300, True), (30, 4, 4000, True)]
 
 
 @pytest.mark.parametrize("prompt_length, k, budget, is_together", [*LAYOUTS, (12, 1, 300, False)])
@@ -263,7 +265,7 @@ def test_a_long_prompt_narrows_only_its_own_micro_batch():
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 300])
 def test_no_pass_has_more_tokens_than_it_may(budget):
-    """Prompts and responses of many lengths: a pass with more than one line, as padded, stays within the budget."""
+    """Prompts and responses of many lengths: a pass of more than one row stays within the budget."""
     args, k = Args(dtype="float32", response_length=9, micro_batch_tokens=budget), 4
     generator = torch.Generator().manual_seed(3)
     prompt_lengths = torch.randint(1, 20, (12,), generator=generator).tolist()
@@ -275,7 +277,7 @@ def test_no_pass_has_more_tokens_than_it_may(budget):
     for rows in micro_batches:
         seen.clear()
         ppo_lm.policy_logprobs(model, *[tensor[rows] for tensor in (sequences, mask, mask[:, -9:])], args)
-        assert sum(seen) <= budget or len(rows) == 1 or rows.tolist() == list(range(rows.min(), rows.min() + k))
+        assert sum(seen) <= budget or len(rows) == 1
     assert sorted(torch.cat(micro_batches).tolist()) == list(range(48))
 
 
