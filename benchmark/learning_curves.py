@@ -1,17 +1,12 @@
-"""Learning curves: train each script with several seeds, print a table, and draw docs/NAME.png.
+"""Learning curves: train each script with several seeds, print a table, and draw docs/learning_curves.png.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/learning_curves.py > docs/learning_curves.md    # task `sort`, nine runs: ten minutes on two cores
-    python benchmark/learning_curves.py --name reviews --metric score --scripts ppo_lm \\
-        --flags="--model DIR --dataset FILE.jsonl --reward FILE.py:function"                     # another task
-    python benchmark/learning_curves.py --name reviews --metric score --reuse                    # draws what is there
-    python benchmark/learning_curves.py --name kl --kl --flags="--total-episodes 51200"              # KL of each update
+    python benchmark/learning_curves.py --kl --eval-every 0 --flags="--total-episodes 51200"         # KL of each update
 
-The scripts log different KLs. With --kl all are measured alike: exact, from the old policy to the new one, mean over
-the tokens of the batch that the update learned from.
-
-runs/NAME keeps what runs logged, so that scripts with different flags can be trained one by one and drawn together.
-Both x-axes count training alone: episodes, and the sum of `time/iteration_seconds`, without start and evaluation.
+Both x-axes count training alone: episodes, and the sum of `time/iteration_seconds`, without start and evaluation. The
+scripts log different KLs. With --kl all are measured alike: exact, from the old policy to the new one, mean over the
+tokens of the batch that the update learned from.
 """
 
 import functools
@@ -22,7 +17,6 @@ import shlex
 import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import throughput
@@ -43,10 +37,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds to train each script with
     flags: str = ""  # more flags for every script, as in --flags="--total-episodes 5120"
     eval_every: int = 10  # iterations between evaluations, the resolution of the curves
-    name: str = "learning_curves"  # name of the picture, the table and the runs
-    metric: str = "exact"  # what to draw, or "score", for rewards that are not about exact matches
     kl: bool = False  # measure the exact KL of each update but the last, which takes time, and draw nothing
-    reuse: bool = False  # train nothing
 
 
 def install():
@@ -72,48 +63,38 @@ def install():
 
 
 def train(script, seeds, args, group):
-    """Run a script with the next seed, keep what it logged, append its curves to `group`: {column: figure}."""
-    flags, start, seed = f"--eval-every {args.eval_every} {args.flags}".strip(), time.time(), next(seeds)
-    path = Path("runs", args.name, f"{script}_{seed}.json")
-    if not args.reuse:
-        module = "learning_curves" if args.kl else "throughput"
-        run = throughput.run_script(f"{script}.py", *shlex.split(flags), module=module, seed=seed).metrics
-        commit = subprocess.getoutput("git describe --always --dirty")[-30:]
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-        notes = f"- `python {script}.py {flags} --seed N`, commit {commit}, {machine}, {time.strftime('%F')}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"metrics": run, "notes": notes, "seconds": time.time() - start}))
-    run = json.loads(path.read_text())
-    metrics = {name: np.array([[int(x), y] for x, y in run["metrics"][name].items()]).T for name in run["metrics"]}
+    """Run a script with the next seed and append its curves to `group`: {column: figure}."""
+    flags, start = f"--eval-every {args.eval_every} {args.flags}".strip(), time.time()
+    module = "learning_curves" if args.kl else "throughput"
+    run = throughput.run_script(f"{script}.py", *shlex.split(flags), module=module, seed=next(seeds)).metrics
+    metrics = {name: np.array([*values.items()]).T for name, values in run.items()}  # (2, steps) each
     iterations, seconds = metrics["time/iteration_seconds"]  # (I,), (I,)
-    episodes, score = metrics["eval/score"]  # (E,), (E,)
+    episodes, exact = metrics["eval/exact"]  # (E,), (E,)
     elapsed = np.concatenate([[0.0], seconds.cumsum()])[np.searchsorted(iterations, episodes, side="right")]  # (E,)
-    exact = metrics.get("eval/exact", [score * np.nan])[-1]  # (E,)
-    kl = metrics.get("objective/kl_ref", np.full((2, 1), np.nan))[1]  # (I,)
-    group.append({"episodes": episodes, "elapsed": elapsed, "exact": exact, "score": score, "notes": run["notes"]})
+    group.append({"episodes": episodes, "elapsed": elapsed, "exact": exact})
+    figures = {"exact match, %": 100 * exact[-1], "score": metrics["eval/score"][1, -1]}
     if args.kl:
         kl = metrics["kl"][1]  # (I - 1,)
-        figures = {"median KL": np.median(kl), "99 % of updates below": np.quantile(kl, 0.99), "largest": kl.max()}
-        return figures | {"exact match, %": 100 * exact[-1], "score": score[-1]}
-    figures = {"exact match, %": 100 * exact[-1], "score": score[-1], "KL": kl[-max(1, len(kl) // 10) :].mean()}
+        return {"median KL": np.median(kl), "99 % below": np.quantile(kl, 0.99), "largest": kl.max()} | figures
+    figures |= {"KL": metrics["objective/kl_ref"][1, -max(1, len(seconds) // 10) :].mean()}
     figures |= {"episodes to 90 %": min(episodes[exact >= 0.9], default=np.inf)}
     figures |= {"seconds to 90 %": min(elapsed[exact >= 0.9], default=np.inf)}
-    return figures | {"tokens/s": np.median(metrics["time/tokens_per_second"][1]), "whole command, s": run["seconds"]}
+    return figures | {"tokens/s": np.median(metrics["time/tokens_per_second"][1]), "command, s": time.time() - start}
 
 
-def draw(runs, path, metric):
+def draw(runs, path):
     """Mean (line) and range (shade) of the runs {script: S runs}, against episodes and against seconds."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, unit, label in zip(axes, ("episodes", "elapsed"), ("episodes (responses)", "seconds of training")):
         for script, group in runs.items():
             x = np.mean([run[unit] for run in group], axis=0)  # (E,), an evaluation stands at the mean of its S times
-            y = np.stack([run[metric] for run in group])  # (S, E)
+            y = np.stack([run["exact"] for run in group])  # (S, E)
             axis.plot(x, y.mean(0), color=COLORS[script], linewidth=1.5, label=f"{script}.py")
             axis.fill_between(x, y.min(0), y.max(0), color=COLORS[script], alpha=0.2, linewidth=0)
         axis.set(xlabel=label, xlim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{metric.replace('exact', 'exact match')} on held-out prompts")
+    axes[0].set_ylabel("exact match on held-out prompts")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -123,10 +104,11 @@ def main(args):
     runs = {script: [] for script in args.scripts}
     calls = {f"`{s}.py`": functools.partial(train, s, itertools.cycle(args.seeds), args, runs[s]) for s in runs}
     throughput.compare(f"Seeds {args.seeds}:", calls, len(args.seeds), throughput.each)
+    commit = subprocess.getoutput("git describe --always --dirty")[-30:]
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    print(ABOUT, f"{args}, commit {commit}, {machine}, {time.strftime('%F')}", sep="\n")
     if not args.kl:
-        draw(runs, f"docs/{args.name}.png", args.metric)
-    notes = dict.fromkeys(run["notes"] for group in runs.values() for run in group)  # each once
-    print(ABOUT, *notes, sep="\n")
+        draw(runs, "docs/learning_curves.png")
 
 
 if __name__ == "__main__":
