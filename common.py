@@ -218,7 +218,7 @@ def load_tokenizer(model, rows):
 
 
 def load_policy(args, tokenizer, rows):
-    """The causal language model of --model in float32 on the CPU; tiny is a GPT-2 with random weights.
+    """The model of --model on the CPU, in float32 but for a base of adapters.
 
     It stays in evaluation mode: with dropout the loss would score a policy other than the one that sampled.
     Prompts and responses have to fit its context.
@@ -530,7 +530,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-    # A tool's tokens would be True here, False in the response mask, and counted in `tokens`.
+    # A tool's tokens, which `rollout` must keep, are True here, not in its mask, and in `tokens`.
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]

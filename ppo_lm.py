@@ -196,7 +196,7 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
     """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
-    The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
+    The one way to a log-probability: the first ratio pi / pi_old is 1 if both come from the same micro-batches.
     """
     logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
@@ -247,7 +247,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of the R columns, padding too, and after the last: (b, P+R) -> (b, R+1)."""
+        """Values of the states before each of the R columns and after the last; 0 if trimmed: (b, P+R) -> (b, R+1)."""
         sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with common.autocast(sequences.device, args):
             inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)  # runs prompts
@@ -403,7 +403,7 @@ def main(args, checkpoint=None):
 
         # ===== Log-probabilities (algorithm) =====
         # log pi_old comes from the loss's own function and the micro-batches of the update's first epoch, so that
-        # the first ratio is exactly 1, in bfloat16 too, where a row's rounding error depends on the rows around it.
+        # the first ratio is 1, on a CPU exactly: in bfloat16 a row's rounding error depends on the rows around it.
         keys = [(args.seed, iteration, rank, epoch) for epoch in range(args.update_epochs)]
         schedule = [common.shuffled_minibatches(attention_mask, args, *key) for key in keys]  # of each epoch
         micro_batches = [indices for minibatch in schedule[0] for indices in minibatch]

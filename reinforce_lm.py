@@ -162,7 +162,7 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
     """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
-    The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
+    The one way to a log-probability: the first ratio pi / pi_old is 1 if both come from the same micro-batches.
     """
     logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row

@@ -205,7 +205,7 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
     """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
-    The one way to a log-probability: the first ratio pi / pi_old is exactly 1 if both come from the same micro-batches.
+    The one way to a log-probability: the first ratio pi / pi_old is 1 if both come from the same micro-batches.
     """
     logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
@@ -256,7 +256,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of the R columns, padding too, and after the last: (b, P+R) -> (b, R+1)."""
+        """Values of the states before each of the R columns and after the last; 0 if trimmed: (b, P+R) -> (b, R+1)."""
         sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
         with common.autocast(sequences.device, args):
             inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)  # runs prompts
@@ -559,7 +559,7 @@ def main(args, checkpoint=None):
         # ===== Log-probabilities (algorithm) =====
         groups = torch.arange(local_batch_size, device=device).view(-1, args.samples_per_prompt)  # (B/k, k)
         micro_batches = common.micro_batches_of(groups, attention_mask, args)
-        # The update computes its own in float32. For the KL those of the sampler do, which in float32 is the policy.
+        # The update computes its own in float32. For the KL the sampler's will do where it is the policy itself.
         logprobs = sampler_logprobs  # (B, R)
         if args.dtype == "bfloat16":
             logprobs = batched_logprobs(policy, batch, micro_batches, args)
