@@ -234,8 +234,7 @@ def load_policy(args, tokenizer, rows):
         with input_errors(f"--model: could not load {args.model!r}"):
             config = transformers.AutoConfig.from_pretrained(args.model)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or context_length
-        expected = f"at most {limit} positions, longest prompt included"
-        require(context_length <= limit, "--response-length", expected, context_length)
+        require(context_length <= limit, "--response-length", f"at most {limit}, prompt included", context_length)
         policy = load_whole(transformers.AutoModelForCausalLM, args.model, "--model", torch.float32)
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -311,7 +310,7 @@ def micro_batches_of(groups, attention_mask, args):
 
     groups: the k row indices of each prompt. They stay together, because `share_prompts` runs a prompt once, or rows of
     similar length do, whichever computes fewer tokens. The longest responses, which need the most memory, come first. A
-    micro-batch ends before a response shorter than two thirds of its first, which would be mostly padding.
+    micro-batch ends before what has less than two thirds of the tokens of its first: a third would be padding.
     """
     prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
     response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
@@ -324,7 +323,8 @@ def micro_batches_of(groups, attention_mask, args):
         while len(order):
             # Tokens of a pass with the first unit, with the first two, and so on.
             tokens = torch.arange(1, len(order) + 1) * (prompts.cummax(0).values + units.shape[1] * responses[0])
-            fits = (tokens <= args.micro_batch_tokens) & (3 * responses >= 2 * responses[0])  # True, and then False
+            width = prompts[0] + units.shape[1] * responses  # of each unit, but for its prompt
+            fits = (tokens <= args.micro_batch_tokens) & (3 * width >= 2 * width[0])  # True, and then False
             size = max(1, fits.sum().item())
             cost += tokens[size - 1].item() if fits[0] or units.shape[1] == 1 else float("inf")  # too large a group
             micro_batches.append(units[order[:size]].flatten())
@@ -524,7 +524,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # In this block autocast rounds the weights once and keeps them for all tokens.
+    # Autocast rounds the weights once in this block.
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prompts = zip(ids.split(at_once), mask.split(at_once))
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]

@@ -212,7 +212,7 @@ def test_context_that_is_too_short(model_folder, capsys, monkeypatch):
     folder = model_folder()
     capsys.readouterr()
     error = message_of(capsys, monkeypatch, "--model", folder, "--response-length", 30)
-    assert "--response-length" in error and "32 positions" in error and "35" in error
+    assert "--response-length" in error and "at most 32, " in error and "35" in error
 
 
 def test_the_context_is_that_of_the_part_for_text(model_folder, monkeypatch):
@@ -223,7 +223,7 @@ def test_the_context_is_that_of_the_part_for_text(model_folder, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: whole)
     with pytest.raises(
         SystemExit,
-        match="--response-length: expected at most 32 positions, .* found 33",
+        match="--response-length: expected at most 32, prompt included, found 33",
     ):
         load_policy(folder, None, 33)
 

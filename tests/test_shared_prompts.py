@@ -219,7 +219,8 @@ def count_tokens(lines, prompts, lengths, budget):
         longest, k = max(lengths[row] for row in lines[0]), len(lines[0])
         if k > 1 and len(prompts[0]) + k * longest > budget:
             return float("inf")
-        at_once = sum(3 * max(lengths[row] for row in line) >= 2 * longest for line in lines)
+        widths = [len(prompts[0]) + k * max(lengths[row] for row in line) for line in lines]
+        at_once = sum(3 * width >= 2 * widths[0] for width in widths)
         at_once = min(at_once, max(1, budget // (len(prompts[0]) + k * longest)))
         rows, lines = sum(lines[:at_once], []), lines[at_once:]
         runs = 1 + sum(prompts[a][:-1] != prompts[b][:-1] for a, b in zip(rows, rows[1:]))  # of rows that share
@@ -249,11 +250,13 @@ def test_the_layout_that_computes_fewer_tokens_is_chosen(prompt_length, k, budge
     per_line = k if is_together else 1
     longest = [max(lengths[row] for row in rows) for rows in micro_batches]
     assert longest == sorted(longest, reverse=True)
-    for rows, first, following in zip(micro_batches, longest, [*longest[1:], 0]):
+    for rows, first, following in zip(micro_batches, longest, [*longest[1:], -1000]):
         lines, width = rows.view(-1, per_line).tolist(), prompt_length + per_line * first
         assert len(lines) == 1 or len(lines) * width <= budget
-        assert all(3 * max(lengths[row] for row in line) >= 2 * first for line in lines)
-        assert (len(lines) + 1) * width > budget or 3 * following < 2 * first, "no room for one more line"
+        widths = [prompt_length + per_line * max(lengths[row] for row in line) for line in lines]
+        assert all(3 * own >= 2 * width for own in widths)
+        narrow = 3 * (prompt_length + per_line * following) < 2 * width
+        assert (len(lines) + 1) * width > budget or narrow, "no room for one more line"
 
 
 def test_a_long_prompt_narrows_only_its_own_micro_batch():
