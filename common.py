@@ -1,8 +1,8 @@
 """Tokenization, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
 `args` are the flags of a script. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of a
-micro-batch or of what is sampled at once, P prompt length, R response length, p and r those of a micro-batch after
-`trim`, n response tokens of a micro-batch, V vocabulary.
+micro-batch or of what is sampled at once, P prompt length, R response length, T real tokens and n response tokens of a
+micro-batch, V vocabulary.
 
 Prompts are padded on the left, so that every response starts in the same column. With P = 3 and R = 4, a prompt of two
 tokens p and a response of two tokens a and an end token e:
@@ -27,6 +27,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -47,7 +48,9 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 
 # ===== Errors =====
@@ -92,8 +95,6 @@ def check_flags(args, world_size):
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         for expected, holds in getattr(hint, "__metadata__", ()):
             require(holds(getattr(args, name)), f"--{name.replace('_', '-')}", expected, getattr(args, name))
-    can_adapt = args.kl_ref_coef or not args.kl_ref_target
-    require(can_adapt, "--kl-ref-target", "a positive --kl-ref-coef to adapt", args.kl_ref_coef)
     enough = args.total_episodes >= args.batch_size or not args.total_episodes
     require(enough, "--total-episodes", "at least --batch-size, or 0 to evaluate only", args.total_episodes)
     prompts, rest = divmod(args.batch_size, args.samples_per_prompt * world_size)  # of a rank
@@ -104,7 +105,7 @@ def check_flags(args, world_size):
 
 # ===== Runs: ranks, randomness, statistics, files =====
 def start_ranks(args):
-    """Join torchrun's process group, if any: -> rank, world_size, this rank's device, args without "auto"."""
+    """Join torchrun's process group, if any: -> rank, world_size, this rank's device, args without automatic values."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     require(on_cuda or args.device != "cuda", "--device", "a CUDA device (or --device cpu)", "none")
@@ -117,6 +118,8 @@ def start_ranks(args):
         dist.init_process_group("nccl" if on_cuda else "gloo")
     if args.dtype == "auto":  # many CPUs have no bfloat16 products
         args = replace(args, dtype="bfloat16" if on_cuda else "float32")
+    if not args.micro_batch_tokens:
+        args = replace(args, micro_batch_tokens=4096 if on_cuda else 1024)
     return rank, world_size, torch.device(device), args
 
 
@@ -199,8 +202,7 @@ def load_checkpoint(run_dir):
     """Load the newest checkpoint of `run_dir` onto the CPU."""
     paths = sorted(Path(run_dir).glob("checkpoint_*.pt"))
     require(paths, "--resume", "a run directory with a checkpoint_*.pt file", run_dir)
-    with input_errors(f"--resume: could not read {paths[-1]}"):
-        return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)
+    return torch.load(paths[-1], map_location="cpu", mmap=True, weights_only=True)
 
 
 # ===== Models =====
@@ -221,7 +223,6 @@ def load_policy(args, tokenizer, rows):
     """The model of --model on the CPU, in float32 but for a base of adapters.
 
     It stays in evaluation mode: with dropout the loss would score a policy other than the one that sampled.
-    Prompts and responses have to fit its context.
     """
     context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
     torch.manual_seed(args.seed)
@@ -239,6 +240,7 @@ def load_policy(args, tokenizer, rows):
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # the padding id, which may be an end token, would get no gradient
+    accept_packed_rows(policy)
     head = policy.get_output_embeddings()
     head.forward = types.MethodType(full_precision_product, head)  # a deep copy binds it to its own head
     if args.lora_rank:  # LoRA adapters (Hu et al. 2022) are all that is trained
@@ -299,38 +301,23 @@ def save_model(policy, tokenizer, args, run_dir):
         tokenizer.save_pretrained(f"{run_dir}/model")
 
 
-# ===== Passes over a micro-batch: a prompt is run once for its responses =====
-def position_ids(attention_mask):
-    """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-
-
+# ===== Passes over a micro-batch: real tokens in one row, a prompt once for its responses =====
 def micro_batches_of(groups, attention_mask, args):
-    """Split rows into micro-batches of at most --micro-batch-tokens, padding included: (prompts, k) -> a list of (b,).
+    """Split rows into micro-batches of at most --micro-batch-tokens: (prompts, k) -> a list of (b,).
 
-    groups: the k row indices of each prompt. They stay together, because `share_prompts` runs a prompt once, or rows of
-    similar length do, whichever computes fewer tokens. The longest responses, which need the most memory, come first. A
-    micro-batch ends before what has less than two thirds of the tokens of its first: a third would be padding.
+    groups: the k row indices of each prompt, which `pack` runs once for the rows of a micro-batch.
     """
-    prompt_lengths = attention_mask[:, : -args.response_length].sum(1)  # (B,)
-    response_lengths = attention_mask[:, -args.response_length :].sum(1)  # (B,)
-    plans = []
-    for units in (groups, groups.reshape(-1, 1)):  # rows that stay together: (units, k) or (units, 1)
-        lengths = torch.stack([prompt_lengths[units[:, 0]], response_lengths[units].amax(1)])  # (2, units)
-        order = lengths[1].argsort(descending=True, stable=True)  # (units,)
-        prompts, responses = lengths[:, order].cpu()  # (units,), (units,)
-        cost, micro_batches = 0, []
-        while len(order):
-            # Tokens of a pass with the first unit, with the first two, and so on.
-            tokens = torch.arange(1, len(order) + 1) * (prompts.cummax(0).values + units.shape[1] * responses[0])
-            width = prompts[0] + units.shape[1] * responses  # of each unit, but for its prompt
-            fits = (tokens <= args.micro_batch_tokens) & (3 * width >= 2 * width[0])  # True, and then False
-            size = max(1, fits.sum().item())
-            cost += tokens[size - 1].item() if fits[0] or units.shape[1] == 1 else float("inf")  # too large a group
-            micro_batches.append(units[order[:size]].flatten())
-            order, prompts, responses = order[size:], prompts[size:], responses[size:]
-        plans.append((cost, micro_batches))
-    return min(plans, key=lambda plan: plan[0])[1]
+    prompts, responses = [mask.sum(1) for mask in attention_mask.tensor_split([-args.response_length], 1)]  # (B,)
+    sizes, total = [], float("inf")
+    for prompt, *lengths in torch.cat([prompts[groups[:, :1]], responses[groups]], 1).tolist():
+        total += prompt
+        for length in lengths:
+            total += length
+            if total > args.micro_batch_tokens:
+                sizes.append(0)
+                total = prompt + length
+            sizes[-1] += 1
+    return groups.flatten().split(sizes)
 
 
 def shuffled_minibatches(attention_mask, args, *key):
@@ -341,48 +328,73 @@ def shuffled_minibatches(attention_mask, args, *key):
     return [micro_batches_of(part, attention_mask, args) for part in groups[order].tensor_split(args.num_minibatches)]
 
 
-def trim(sequences, attention_mask, response_length):
-    """Cut columns that are padding in all rows: (b, P+R), (b, P+R) -> (b, p+r), (b, p+r), r."""
-    used = attention_mask.any(0).nonzero()[:, 0]  # (p+r,)
-    start, end = used[0].item(), used[-1].item() + 1
-    return sequences[:, start:end], attention_mask[:, start:end], response_length - (sequences.shape[1] - end)
+def pack(sequences, attention_mask, response_length):
+    """Put the T real tokens of b rows into one row, a prompt once for neighbors that begin with it.
 
+    >>> sequences = torch.tensor([[0, 5, 6, 7, 8], [0, 5, 6, 9, 0]])  # two responses to one prompt, P = 3 and R = 2
+    >>> attention_mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
+    >>> inputs, places = pack(sequences, attention_mask, response_length=2)
+    >>> inputs["input_ids"].tolist(), places.tolist()
+    ([[5, 6, 7, 8, 9]], [[0, 0, 1, 2, 3], [0, 0, 1, 4, 4]])
 
-class SharedLayer(DynamicLayer):
-    """Holds the keys and values of prompts, and puts those of prompt `rows[i]` before those of row i."""
-
-    rows = None  # while the prompts are run
-
-    def update(self, keys, values, *_, **__):
-        """Keep or join, never append: activation checkpointing runs a layer twice."""
-        if self.rows is None:
-            self.keys, self.values, self.is_initialized = keys, values, True
-            return keys, values
-        return torch.cat([self.keys[self.rows], keys], 2), torch.cat([self.values[self.rows], values], 2)
-
-
-def share_prompts(network, sequences, attention_mask, num_outputs):
-    """Run each prompt of the (b, L) rows once, if that pays: -> the keyword arguments of the pass that is left.
-
-    `network(**returned)` computes the last `num_outputs` columns, from the prompt's last token on, on top of a cache
-    that the prompts' pass fills. Gradients flow back into it, summed over the rows of a prompt, which are next to each
-    other.
+    Returns:
+        inputs: keyword arguments for a network, in which a token still sees those of its own row alone.
+        places: (b, P+R), where in the packed row each token is; of padding, anywhere.
     """
-    inputs = dict(input_ids=sequences, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
-    length = sequences.shape[1] - num_outputs  # of what may be shared
-    ids = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, length)
-    is_first = torch.ones_like(attention_mask[:, 0])  # (b,), of the rows with this prompt
-    is_first[1:] = (ids[1:] != ids[:-1]).any(1)
-    if length <= 0 or 2 * is_first.sum() > len(sequences):  # little to share, and a pass costs time
-        return inputs | dict(use_cache=False)
-    cache = Cache(layer_class_to_replicate=SharedLayer)
-    prompts = {name: values[is_first, :length] for name, values in inputs.items()}  # (prompts, length) each
-    network(**prompts, past_key_values=cache, use_cache=True)
-    layers = [copy.copy(layer) for layer in cache.layers]  # in a second run of the prompts theirs keep rows = None
-    for layer in layers:
-        layer.rows = is_first.cumsum(0) - 1  # (b,)
-    inputs |= {name: inputs[name][:, length:] for name in ("input_ids", "position_ids")}
-    return inputs | dict(past_key_values=Cache(layers), use_cache=True)
+    columns = torch.arange(-sequences.shape[1], 0, device=sequences.device)  # (P+R,), counted from the end
+    is_prompt = columns < -response_length
+    prompts = sequences.where(attention_mask & is_prompt, -1)  # (b, P+R)
+    is_new = torch.ones_like(attention_mask[:, 0])  # (b,), rows with another prompt than the row before
+    is_new[1:] = (prompts[1:] != prompts[:-1]).any(1)
+    is_packed = attention_mask & (is_new[:, None] | ~is_prompt)  # (b, P+R), T times True
+    places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)
+    places = torch.where(is_prompt, places[is_new][is_new.cumsum(0) - 1], places)  # (b, P+R)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, P+R), counted from 0 after the left padding
+    blocks, order = [], []
+    for rows, is_run in ((is_new, columns < 0), (~is_new, ~is_prompt)):
+        # Attention alone is padded, in blocks of rows of up to 64 tokens, up to 128, up to 256, and so on.
+        bits = (attention_mask & is_run).sum(1).clamp(min=64).log2().ceil().where(rows, -1)  # (b,)
+        for size in bits[rows].unique():
+            mask, place, position = [x[bits == size] for x in (attention_mask, places, positions)]  # (rows, P+R) each
+            seen = mask.any(0)  # (P+R,), columns of keys
+            run = seen & is_run  # (P+R,), columns of queries
+            distances = position[:, run, None] - position[:, None, seen]  # (rows, q, l)
+            is_hidden = (distances < 0) | ~mask[:, None, seen]
+            bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, float("-inf"))
+            blocks.append((place[:, run], place[:, seen], distances[:, None], bias[:, None]))
+            order.append(place[:, run].where(mask[:, run], -1).flatten())
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), of queries that are no padding
+    inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
+    # A mask of four dimensions keeps transformers from making one of (T, T).
+    inputs |= {"attention_mask": bias.new_zeros(1, 1, 1, 1), "packed": (blocks, order), "use_cache": False}
+    return inputs, places
+
+
+def accept_packed_rows(model):
+    """Wrap the attention function of a model, so that it takes what `pack` returns."""
+    own, kind = model.config._attn_implementation, model.config.model_type
+    attend = ALL_ATTENTION_FUNCTIONS.get(own, getattr(inspect.getmodule(type(model)), "eager_attention_forward", None))
+    AttentionInterface.register(f"packed_{own}_{kind}", functools.partial(packed_attention, attend))
+    AttentionMaskInterface.register(f"packed_{own}_{kind}", ALL_MASK_ATTENTION_FUNCTIONS[own])
+    model.set_attn_implementation(f"packed_{own}_{kind}")
+
+
+def packed_attention(attend, module, query, key, value, attention_mask, packed=None, sliding_window=None, **settings):
+    """Call `attend`, an attention function of transformers, on each block of a packed row: (1, heads, T, d) each."""
+    if packed is None:
+        return attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **settings)
+
+    def take(tensor, places):  # -> (rows, heads, l, d)
+        return tensor[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+    (blocks, order), outputs = packed, []
+    for queries, keys, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
+        if sliding_window:
+            bias = bias.masked_fill(distances >= sliding_window, float("-inf"))
+        inputs = take(query, queries), take(key, keys), take(value, keys), bias.to(query.dtype)
+        output, _ = attend(module, *inputs, **settings)
+        outputs.append(output.flatten(0, 1))  # (rows q, heads, d)
+    return torch.cat(outputs).index_select(0, order)[None], None
 
 
 def autocast(device, args):
@@ -397,30 +409,17 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
 
     (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} to run in place of the model's own.
     """
-    sequences, attention_mask, length = trim(sequences, attention_mask, args.response_length)  # (b, p+r)
-    response_mask = response_mask[:, :length]  # (b, r)
-
-    def run(**inputs):
-        return torch.func.functional_call(model, parameters, kwargs=inputs) if parameters else model(**inputs)
-
-    def select(head, inputs):  # what the head gets to see: -> (1, n, hidden size)
-        (hidden,) = inputs
-        return (hidden[:, -length:][response_mask][None],)
-
+    inputs, places = pack(sequences, attention_mask, args.response_length)
+    before = places[:, -args.response_length - 1 : -1]  # (b, R), of the token that a logit at its column predicts
+    inputs["logits_to_keep"] = before[response_mask]  # (n,)
     with autocast(sequences.device, args):
-        # Prompts run before the hook is set. The last token is predicted, not read.
-        prompt_pass = functools.partial(run, logits_to_keep=1)
-        inputs = share_prompts(prompt_pass, sequences[:, :-1], attention_mask[:, :-1], length)
-        with model.get_output_embeddings().register_forward_pre_hook(select):
-            return run(**inputs).logits[0]
+        output = torch.func.functional_call(model, parameters or {}, kwargs=inputs)
+    return output.logits[0]
 
 
 @torch.no_grad()
 def in_micro_batches(function, micro_batches, *tensors):
-    """Call `function` without gradient on the rows of each micro-batch: (B, ...) tensors -> (B, ...).
-
-    micro_batches: row indices, every row once. In bfloat16 a row's rounding error depends on the others.
-    """
+    """Call `function` without gradient on the rows of each micro-batch, every row once: (B, ...) -> (B, ...)."""
     results = torch.cat([function(*[tensor[rows] for tensor in tensors]) for rows in micro_batches])
     return results[torch.cat(list(micro_batches)).argsort()]
 
@@ -530,7 +529,6 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
-    # A tool's tokens, which `rollout` must keep, are True here, not in its mask, and in `tokens`.
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
@@ -576,7 +574,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     logprobs = torch.zeros(size, device=device)  # (b, R)
     end_tensor = torch.tensor(end_ids, device=device)
     mask = torch.nn.functional.pad(prompt_mask, (0, args.response_length), value=True).long()  # (N, P+R)
-    positions = position_ids(prompt_mask)  # (N, P)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (N, P), counted from 0 after the left padding
     length = prompts.shape[1]
     logits = forward(prompts, positions, mask if fixed_size else mask[:, :length])  # (N, V)
     repeated = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (b,)

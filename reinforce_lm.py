@@ -103,8 +103,8 @@ class Args:
     """sampling temperature; the policy that is trained is the one at this temperature"""
     sampler_clip: NonNegative[float] = 0.0
     """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
-    micro_batch_tokens: Positive[int] = 4096
-    """tokens per forward and backward pass, padding included; bounds memory and changes nothing but the speed"""
+    micro_batch_tokens: NonNegative[int] = 0
+    """tokens per forward and backward pass, which bound its memory; 0 is 1,024 on a CPU, 4,096 on a GPU"""
     rollout_tokens: Positive[int] = 262_144
     """tokens of the prompts and longest responses that are sampled at once; bounds memory"""
     output_dir: str = "runs"
@@ -145,7 +145,7 @@ class Args:
 
 # The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
 TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
-TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, learning_rate=2e-3)
+TINY |= dict(micro_batch_tokens=4096, save_every=100, eval_every=100, kl_ref_coef=0.02, learning_rate=2e-3)
 # Adapters on a pretrained model take about ten times the rates of full training (Schulman et al. 2025).
 ADAPTERS = dict(learning_rate=5e-5)
 

@@ -121,8 +121,8 @@ class Args:
     """sampling temperature; the policy that is trained is the one at this temperature"""
     sampler_clip: NonNegative[float] = 0.0
     """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
-    micro_batch_tokens: Positive[int] = 4096
-    """tokens per forward and backward pass, padding included; bounds memory and changes nothing but the speed"""
+    micro_batch_tokens: NonNegative[int] = 0
+    """tokens per forward and backward pass, which bound its memory; 0 is 1,024 on a CPU, 4,096 on a GPU"""
     rollout_tokens: Positive[int] = 262_144
     """tokens of the prompts and longest responses that are sampled at once; bounds memory"""
     output_dir: str = "runs"
@@ -187,7 +187,7 @@ class Args:
 
 # The defaults above are for a pretrained model. --model tiny, which has random weights to train, has these instead.
 TINY = dict(dtype="float32", total_episodes=102_400, batch_size=256, response_length=6, eval_size=512)
-TINY |= dict(save_every=100, eval_every=100, kl_ref_coef=0.02, max_kl=0.1)
+TINY |= dict(micro_batch_tokens=4096, save_every=100, eval_every=100, kl_ref_coef=0.02, max_kl=0.1)
 TINY |= dict(cg_damping=0.03, critic_learning_rate=1e-3, update_epochs=2, value_clip=0.2)
 # Adapters on a pretrained model take about ten times the rates of full training (Schulman et al. 2025).
 ADAPTERS = dict(critic_learning_rate=1e-4)
@@ -256,13 +256,12 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of the R columns and after the last; 0 if trimmed: (b, P+R) -> (b, R+1)."""
-        sequences, attention_mask, length = common.trim(sequences, attention_mask, args.response_length)  # (b, p+r)
+        """Values of the states before each of R columns and after the last, any in padding: (b, P+R) -> (b, R+1)."""
+        inputs, places = common.pack(sequences, attention_mask, args.response_length)
         with common.autocast(sequences.device, args):
-            inputs = common.share_prompts(self.backbone, sequences, attention_mask, length + 1)  # runs prompts
-            hidden = self.backbone(**inputs).last_hidden_state[:, -length - 1 :]  # (b, r+1, hidden size)
-        values = self.head(hidden.to(self.head.weight.dtype))[..., 0]  # (b, r+1)
-        return torch.nn.functional.pad(values, (0, args.response_length - length))
+            hidden = self.backbone(**inputs).last_hidden_state[0]  # (T, hidden size)
+        values = self.head(hidden.to(self.head.weight.dtype))[:, 0]  # (T,)
+        return values[places[:, -args.response_length - 1 :]]
 
 
 def generalized_advantages(rewards, values, response_mask, next_values, gamma, gae_lambda):

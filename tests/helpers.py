@@ -59,6 +59,7 @@ def tiny_model(kind="gpt2", vocab_size=12, dtype=torch.float32, seed=0, pad_toke
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(8)
+    common.accept_packed_rows(model)
     return model
 
 

@@ -16,7 +16,7 @@ import peft  # noqa: F401  here and in the next line, once and not in each proce
 import torch
 import torch._decomp.decompositions_for_jvp
 from helpers import SHAPES, flatten, run_main, set_parameters, tiny_model
-from test_shared_prompts import make_batch
+from test_packed_rows import make_batch
 
 # One minibatch, and all rows in the products: random rows of each rank are other rows than those of the whole batch.
 ONE, SMALL = ["--num-minibatches", 1], ["--micro-batch-tokens", 80]

@@ -66,7 +66,7 @@ UP_TO_ONE, ZERO_TO_ONE = "more than 0 and at most 1", "0 to 1"
     "script, name, values, expected",
     [
         (reinforce_lm, "batch_size", [0], POSITIVE),
-        (reinforce_lm, "micro_batch_tokens", [0], POSITIVE),
+        (reinforce_lm, "micro_batch_tokens", [-1], NOT_NEGATIVE),
         (reinforce_lm, "rollout_tokens", [-1], POSITIVE),
         (reinforce_lm, "samples_per_prompt", [0], POSITIVE),
         (reinforce_lm, "response_length", [0], POSITIVE),
@@ -116,7 +116,6 @@ def test_numbers_out_of_range(script, name, values, expected):
         (dict(batch_size=30), 1, "--batch-size: expected a multiple of --samples-per-prompt times ranks"),
         (dict(batch_size=12), 2, "--batch-size: expected a multiple of --samples-per-prompt times ranks"),
         (dict(total_episodes=100), 1, "--total-episodes: expected at least --batch-size, or 0"),
-        (dict(kl_ref_coef=0.0, kl_ref_target=6.0), 1, "--kl-ref-target: expected a positive --kl-ref-coef"),
         (dict(num_minibatches=33), 1, "--num-minibatches: expected at most the 32 prompts of a rank, found 33"),
         (dict(num_minibatches=17), 2, "--num-minibatches: expected at most the 16 prompts of a rank, found 17"),
     ],
@@ -134,10 +133,6 @@ def test_cuda_where_there_is_none(capsys, monkeypatch):
 
 def test_resume_from_a_folder_without_a_checkpoint(tmp_path, capsys, monkeypatch):
     assert "--resume: expected a run directory" in message_of(capsys, monkeypatch, "--resume", tmp_path)
-    (tmp_path / "checkpoint_00000001.pt").write_bytes(b"not a checkpoint")
-    (tmp_path / "checkpoint_00000002.pt").write_bytes(b"nor this")
-    error = message_of(capsys, monkeypatch, "--resume", tmp_path)
-    assert f"--resume: could not read {tmp_path}/checkpoint_00000002.pt" in error
 
 
 def test_a_script_ends_with_the_line(monkeypatch):
@@ -276,12 +271,15 @@ def refusal(attempt, *args, **settings):
         ("gpt2", {}),
         ("llama", {}),
         ("gemma2", {}),
-        ("bloom", dict(hidden_size=16, n_layer=2, n_head=2)),
         ("bert", DECODER),
     ],
 )
 def test_good_models_pass_their_trial(kind, settings, dtype, load_and_try):
     load_and_try(kind, dtype, **settings)
+
+
+def test_a_model_with_attention_of_its_own_is_refused(load_and_try):
+    assert "a trial of" in refusal(load_and_try, "bloom", hidden_size=16, n_layer=2, n_head=2)
 
 
 def make_loud(policy):
@@ -346,10 +344,9 @@ def with_old_signature(policy, accepts_more):
     policy.forward = types.MethodType(tolerant if accepts_more else old, policy)
 
 
-def test_a_model_of_its_own_code_is_refused_or_right(load_and_try):
-    line = refusal(load_and_try, change=lambda policy: with_old_signature(policy, accepts_more=False))
-    assert "logits_to_keep" in line
-    load_and_try(change=lambda policy: with_old_signature(policy, accepts_more=True))  # all columns come back
+@pytest.mark.parametrize("accepts_more", [False, True])
+def test_a_model_that_does_not_pass_settings_on_is_refused(accepts_more, load_and_try):
+    refusal(load_and_try, change=lambda policy: with_old_signature(policy, accepts_more))
 
 
 def quantize(folder):

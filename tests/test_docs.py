@@ -341,7 +341,8 @@ def test_the_documents_stay_short():
 @pytest.mark.parametrize("name", [*SOURCES, *DOCS])
 def test_one_word_per_concept(name):
     text = (SOURCES | DOCS)[name]
-    assert not re.findall(r"\b(query|queries|completions?|log_probs?|logps?)\b", text)
+    attention = r"\bquer(?:y|ies)\b" if name != "common" else "$^"  # prompts are no queries; attention has some
+    assert not re.findall(attention + r"|\b(?:completions?|log_probs?|logps?)\b", text)
     assert not re.findall(r"\b(TODO|FIXME|XXX)\b", text)
     american = r"\w*(?:token|penal|normal|optim|summar|initial|general|quant)is(?:e[sdr]?|ing|ation)\b"
     assert not re.findall(american + r"|\b(?:behaviour|colour|favour|centre)s?\b", text, flags=re.IGNORECASE)

@@ -51,10 +51,11 @@ def test_on_a_gpu_cudnn_attention_is_off_tf32_is_on_and_passes_are_in_bfloat16(m
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     *_, device, args = common.start_ranks(Args())
     assert device.type == "cpu" and args.dtype == "float32" and torch.backends.cuda.cudnn_sdp_enabled()
+    assert args.micro_batch_tokens == 1024 and common.start_ranks(Args(micro_batch_tokens=7))[3].micro_batch_tokens == 7
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         *_, device, args = common.start_ranks(Args())
-        assert device.type == "cuda" and args.dtype == "bfloat16"
+        assert device.type == "cuda" and args.dtype == "bfloat16" and args.micro_batch_tokens == 4096
         assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.matmul.allow_tf32
         assert common.start_ranks(Args(dtype="float32"))[3].dtype == "float32"
     finally:

@@ -192,11 +192,11 @@ def test_fisher_products_are_those_of_the_dense_matrix_in_the_space_of_the_adapt
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_prompts_are_shared_with_adapters_too(kind):
     model, args = with_adapters(kind), trpo_lm.Args(dtype="float32", response_length=3)
-    batch = sequences, _, response_mask = ragged_batch()
-    columns, seen = [], model.get_input_embeddings().register_forward_hook(lambda _, x, __: columns.append(x[0].shape))
+    batch = sequences, attention_mask, response_mask = ragged_batch()
+    counts, seen = [], model.get_input_embeddings().register_forward_hook(lambda _, x, __: counts.append(x[0].numel()))
     logprobs, _ = trpo_lm.policy_logprobs(model, *batch, args)
     seen.remove()
-    assert [tuple(shape) for shape in columns] == [(2, 5), (8, 3)], "two prompts but their last tokens, and the rest"
+    assert counts == [attention_mask[::4, :-3].sum() + response_mask.sum()], "each of the two prompts once"
     logits = plain_logits(model, batch)
     tokens = sequences[:, -3:][response_mask]
     found = []

@@ -1,4 +1,4 @@
-"""Micro-batches, in which prompts are run once for all their responses, against plain padded passes."""
+"""Packed rows, without padding and with each prompt once for its responses, against plain padded passes."""
 
 import common
 import ppo_lm
@@ -10,7 +10,7 @@ import torch
 from helpers import SHAPES, flatten, set_parameters, tiny_model
 
 R = 4
-# Prompt lengths, and which prompt each row has. A prompt of one token shares nothing.
+# Prompt lengths, and which prompt each row has.
 ROWS = {
     "together": ([5, 9, 7], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]),
     "one prompt": ([8], [0] * 6),
@@ -22,7 +22,6 @@ ROWS = {
     "one token": ([1], [0] * 5),
     "one response token": ([5, 9], [0, 0, 1, 1, 1]),
 }
-SHARED = {"together", "one prompt", "twice", "a 0 in front", "one token among others", "one response token"}
 
 
 def make_batch(lengths, rows, response_length=R, response_lengths=None, width=11, zero_in_front=False):
@@ -57,9 +56,9 @@ def plain_statistics(model, critic, sequences, attention_mask, response_mask, te
     return log_pi, logprobs, -(log_pi.exp() * log_pi).sum(-1), values
 
 
-def models(kind, dtype):
+def models(kind, dtype, **settings):
     """A policy, and a critic that does not say 0."""
-    settings = SHAPES["llama"] | dict(num_local_experts=3) if kind == "mixtral" else {}
+    settings |= SHAPES["llama"] | dict(num_local_experts=3) if kind == "mixtral" else {}
     model = tiny_model(kind, dtype=dtype, **settings)
     critic = ppo_lm.Critic(model).to(dtype)
     torch.nn.init.normal_(critic.head.weight)
@@ -112,8 +111,36 @@ def test_log_probabilities_values_and_gradients_are_those_of_padded_passes(kind,
         cut = values[mask[:, -1], -1]  # of the state after the last token
         found.append([*parts, cut, *take_gradients(model, critic)])
     assert_equal(*found, tolerance=1e-12 if kind == "gpt2" else 2e-5)
-    assert len(seen) == (3 if rows in SHARED else 2), "a pass of the prompts, and one of the rows"
-    assert sum(seen[:-1]) < seen[-1]
+    lengths, order = ROWS[rows]
+    prompts = sum(lengths[row] for i, row in enumerate(order) if i == 0 or row != order[i - 1])
+    assert seen == [prompts + response_mask.sum(), mask.numel()], "real tokens, of a prompt for its rows together once"
+
+
+LONG = dict(gpt2=dict(n_positions=300), gemma2=dict(max_position_embeddings=300, sliding_window=70))
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_rows_are_attended_to_in_blocks_of_like_length(kind):
+    """Lengths beyond 64 and 128 tokens, also of a sliding window, and no block much wider than its rows."""
+    model, _ = models(kind, torch.float64, **LONG[kind])
+    args, lengths = Args(dtype="float32", response_length=150, temperature=0.7), [1, 150, 64, 70, 129, 3, 20, 65]
+    sequences, mask = make_batch([90, 5], [0, 0, 0, 0, 0, 1, 1, 1], 150, lengths, 95)
+    response_mask, found = mask[:, -150:], []
+    for is_plain in (False, True):
+        logprobs = ppo_lm.policy_logprobs(model, sequences, mask, response_mask, args)[0][response_mask]
+        if is_plain:  # each row alone, without padding
+            rows = [(row[real], len(row[real]) - length) for row, real, length in zip(sequences, mask, lengths)]
+            log_pi = [(model(row[None]).logits[0] / 0.7).log_softmax(-1)[start - 1 : -1] for row, start in rows]
+            pairs = zip(log_pi, rows)
+            logprobs = torch.cat([all_of_it.gather(1, row[start:, None])[:, 0] for all_of_it, (row, start) in pairs])
+        logprobs.square().sum().backward()
+        found.append([logprobs, *take_gradients(model)])
+    assert_equal(*found, tolerance=1e-11 if kind == "gpt2" else 1e-5)  # whose softmax of attention is in float32
+    (blocks, order), places = (output := common.pack(sequences, mask, 150))[0]["packed"], output[1]
+    assert sorted(order.tolist()) != order.tolist() and len(order) == 95 + sum(lengths) == places.max() + 1
+    sizes = [(len(queries), queries.shape[1], keys.shape[1]) for queries, keys, *_ in blocks]
+    # The first row of a prompt with the prompt, the others without: up to 64 and 128 tokens, and more.
+    assert sizes == [(1, 8, 8), (1, 91, 91), (2, 64, 154), (2, 70, 160), (2, 150, 240)]
 
 
 def groups_of(num_prompts, k):
@@ -199,89 +226,34 @@ def test_micro_batches_of_any_size_do_not_change_a_result(kind, batch):
         set_parameters(model, theta)
         found += [g, product, *[torch.tensor(numbers, dtype=torch.float64) for numbers in (quadratic, gain_and_kl)]]
         assert_equal(found, expected, tolerance=1e-9 if kind == "gpt2" else 1e-3)
-    assert kind != "gpt2" or len(plans) >= (2 if k == 1 else 3)
+    assert kind != "gpt2" or len(plans) >= (2 if k == 1 or max(lengths) == 1 else 3)
 
 
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def count_tokens(lines, prompts, lengths, budget):
-    """Brute force: tokens of the passes over lines of rows that fill the budget, those with long responses first.
-
-    A pass ends before a line whose longest response is shorter than two thirds of the longest.
-
-    prompts: of each row, equally long. The last token of a row is only predicted, and is not run.
-    """
-    lines = sorted(lines, key=lambda line: -max(lengths[row] for row in line))
-    total, shared = 0, len(prompts[0]) - 1
-    while lines:
-        longest, k = max(lengths[row] for row in lines[0]), len(lines[0])
-        if k > 1 and len(prompts[0]) + k * longest > budget:
-            return float("inf")
-        widths = [len(prompts[0]) + k * max(lengths[row] for row in line) for line in lines]
-        at_once = sum(3 * width >= 2 * widths[0] for width in widths)
-        at_once = min(at_once, max(1, budget // (len(prompts[0]) + k * longest)))
-        rows, lines = sum(lines[:at_once], []), lines[at_once:]
-        runs = 1 + sum(prompts[a][:-1] != prompts[b][:-1] for a, b in zip(rows, rows[1:]))  # of rows that share
-        total += shared * (runs if 2 * runs <= len(rows) else len(rows)) + longest * len(rows)
-    return total
-
-
-LAYOUTS = [(2, 4, 64, False), (2, 4, 300, False), (30, 4, 64, False), (30, 4, 300, True), (30, 4, 4000, True)]
-
-
-@pytest.mark.parametrize("prompt_length, k, budget, is_together", [*LAYOUTS, (12, 1, 300, False)])
-def test_the_layout_that_computes_fewer_tokens_is_chosen(prompt_length, k, budget, is_together):
-    """Rows of like length for short prompts, rows of a prompt for long ones; and passes are as full as they may be."""
-    args = Args(dtype="float32", response_length=24, micro_batch_tokens=budget)
-    lengths = torch.empty(16 * k).exponential_(1 / 8, generator=torch.Generator().manual_seed(k)).ceil().clamp(max=24)
-    lengths = lengths.int().tolist()
-    sequences, mask = make_batch([prompt_length] * 16, [i // k for i in range(16 * k)], 24, lengths, prompt_length + 3)
-    groups = groups_of(16, k)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
-    micro_batches = common.micro_batches_of(groups, mask, args)
-    assert sorted(torch.cat(micro_batches).tolist()) == list(range(16 * k)), "every row once"
-    model = tiny_model(n_positions=64, n_layer=1)
-    seen, prompts = tokens_of(model), sequences[:, 3 : prompt_length + 3].tolist()
-    ppo_lm.batched_logprobs(model, (sequences, mask, mask[:, -24:]), micro_batches, args)
-    layouts = groups.tolist(), groups.view(-1, 1).tolist()
-    together, apart = [count_tokens(lines, prompts, lengths, budget) for lines in layouts]
-    assert (together < apart) == is_together and sum(seen) == min(together, apart)
-    per_line = k if is_together else 1
-    longest = [max(lengths[row] for row in rows) for rows in micro_batches]
-    assert longest == sorted(longest, reverse=True)
-    for rows, first, following in zip(micro_batches, longest, [*longest[1:], -1000]):
-        lines, width = rows.view(-1, per_line).tolist(), prompt_length + per_line * first
-        assert len(lines) == 1 or len(lines) * width <= budget
-        widths = [prompt_length + per_line * max(lengths[row] for row in line) for line in lines]
-        assert all(3 * own >= 2 * width for own in widths)
-        narrow = 3 * (prompt_length + per_line * following) < 2 * width
-        assert (len(lines) + 1) * width > budget or narrow, "no room for one more line"
-
-
-def test_a_long_prompt_narrows_only_its_own_micro_batch():
-    args = Args(response_length=6, micro_batch_tokens=48)
-    _, mask = make_batch([2, 2, 2, 2, 2, 2, 20], [*range(7)], 6, [6, 6, 6, 6, 6, 6, 4], 20)
-    micro_batches = common.micro_batches_of(groups_of(7, 1), mask, args)
-    assert [rows.tolist() for rows in micro_batches] == [[0, 1, 2, 3, 4, 5], [6]]
-
-
-@pytest.mark.parametrize("budget", [1, 40, 100, 300])
-def test_no_pass_has_more_tokens_than_it_may(budget):
-    """Prompts and responses of many lengths: a pass of more than one row stays within the budget."""
-    args, k = Args(dtype="float32", response_length=9, micro_batch_tokens=budget), 4
+@pytest.mark.parametrize("budget", [1, 40, 100, 300, 10**6])
+@pytest.mark.parametrize("k", [1, 4])
+def test_micro_batches_are_as_full_as_they_may_be(k, budget):
+    """Prompts and responses of many lengths, in any order: groups too large for a pass are split."""
+    args = Args(dtype="float32", response_length=9, micro_batch_tokens=budget)
     generator = torch.Generator().manual_seed(3)
     prompt_lengths = torch.randint(1, 20, (12,), generator=generator).tolist()
-    lengths = torch.randint(1, 10, (48,), generator=generator).tolist()
-    sequences, mask = make_batch(prompt_lengths, [i // k for i in range(48)], 9, lengths, 20)
+    lengths = torch.randint(1, 10, (12 * k,), generator=generator).tolist()
+    sequences, mask = make_batch(prompt_lengths, [i // k for i in range(12 * k)], 9, lengths, 20)
     model = tiny_model(n_layer=1)
-    seen = tokens_of(model)
-    micro_batches = common.micro_batches_of(groups_of(12, k), mask, args)
-    for rows in micro_batches:
-        seen.clear()
+    seen, groups = tokens_of(model), groups_of(12, k)[torch.randperm(12, generator=generator)]
+    micro_batches = common.micro_batches_of(groups, mask, args)
+    assert torch.equal(torch.cat(micro_batches), groups.flatten()), "every row once"
+
+    def tokens(rows):
+        return sum(lengths[row] for row in rows) + sum(prompt_lengths[prompt] for prompt in {row // k for row in rows})
+
+    for rows, following in zip(micro_batches, [*micro_batches[1:], None]):
         ppo_lm.policy_logprobs(model, *[tensor[rows] for tensor in (sequences, mask, mask[:, -9:])], args)
-        assert sum(seen) <= budget or len(rows) == 1
-    assert sorted(torch.cat(micro_batches).tolist()) == list(range(48))
+        assert seen.pop() == tokens(rows.tolist()) and (tokens(rows.tolist()) <= budget or len(rows) == 1)
+        assert following is None or tokens([*rows.tolist(), following[0].item()]) > budget, "no room for one more row"
 
 
 def test_padding_never_reaches_the_head():
@@ -294,16 +266,8 @@ def test_padding_never_reaches_the_head():
     response_mask[2, 1] = False
     batch, n = (sequences, mask, response_mask), response_mask.sum()
     ppo_lm.policy_logprobs(model, *batch, args)
-    assert seen == [3, n], "one token of each prompt, as a model has to return something, and the sampled tokens"
     trpo_lm.fisher_vector_product(flatten(model), model, batch, [torch.arange(12)], args)
-    assert seen == [3, n] * 3
-
-
-def test_columns_that_no_row_needs_are_cut():
-    sequences, mask = make_batch([5, 3], [0, 1, 0], response_lengths=[1, 2, 1])  # P = 11 and R = 4: 5 and 2 in use
-    trimmed, trimmed_mask, length = common.trim(sequences, mask, R)
-    assert length == 2 and trimmed.shape == trimmed_mask.shape == (3, 7) and mask.sum() == trimmed_mask.sum()
-    assert torch.equal(trimmed[trimmed_mask], sequences[mask])
+    assert seen == [n] * 3, "the sampled tokens"
 
 
 def test_minibatches_deal_whole_prompts_in_an_order_of_their_key():
