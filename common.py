@@ -352,8 +352,8 @@ def pack(sequences, attention_mask, response_length):
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, P+R), counted from 0 after the left padding
     blocks, order = [], []
     for rows, is_run in ((is_new, columns < 0), (~is_new, ~is_prompt)):
-        # Attention alone is padded, in blocks of rows of up to 64 tokens, up to 128, up to 256, and so on.
-        bits = (attention_mask & is_run).sum(1).clamp(min=64).log2().ceil().where(rows, -1)  # (b,)
+        # Attention alone is padded, in blocks of rows of up to 32 tokens, up to 64, up to 128, and so on.
+        bits = (attention_mask & is_run).sum(1).clamp(min=32).log2().ceil().where(rows, -1)  # (b,)
         for size in bits[rows].unique():
             mask, place, position = [x[bits == size] for x in (attention_mask, places, positions)]  # (rows, P+R) each
             seen = mask.any(0)  # (P+R,), columns of keys

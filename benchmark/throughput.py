@@ -188,7 +188,8 @@ def measure(case):
     flags = dict(model=case.model, dtype=case.dtype, device=case.device, samples_per_prompt=case.samples)
     flags |= dict(response_length=case.response_length) | (case.flags if case.what != "generate" else {})
     args = reinforce_lm.Args(**flags)
-    device, ids = common.start_ranks(args.device if is_old else args)[2], [0] * case.prompt_length
+    *_, device, args = (*common.start_ranks(args.device), args) if is_old else common.start_ranks(args)
+    ids = [0] * case.prompt_length
     policy = common.load_policy(args, None, [ids] if is_old else [{"input_ids": ids}]).to(device)
     rows, batch = random_batch(case, policy.config.vocab_size)
     end_ids = [-1] if case.lengths == "fixed" else [*range(0, policy.config.vocab_size, 100)]

@@ -121,9 +121,9 @@ LONG = dict(gpt2=dict(n_positions=300), gemma2=dict(max_position_embeddings=300,
 
 @pytest.mark.parametrize("kind", LONG)
 def test_long_rows_are_attended_to_in_blocks_of_like_length(kind):
-    """Lengths beyond 64 and 128 tokens, also of a sliding window, and no block much wider than its rows."""
+    """Lengths beyond 32, 64 and 128 tokens, also of a sliding window, and no block much wider than its rows."""
     model, _ = models(kind, torch.float64, **LONG[kind])
-    args, lengths = Args(dtype="float32", response_length=150, temperature=0.7), [1, 150, 64, 70, 129, 3, 20, 65]
+    args, lengths = Args(dtype="float32", response_length=150, temperature=0.7), [1, 150, 64, 70, 129, 3, 20, 9]
     sequences, mask = make_batch([90, 5], [0, 0, 0, 0, 0, 1, 1, 1], 150, lengths, 95)
     response_mask, found = mask[:, -150:], []
     for is_plain in (False, True):
@@ -139,8 +139,8 @@ def test_long_rows_are_attended_to_in_blocks_of_like_length(kind):
     (blocks, order), places = (output := common.pack(sequences, mask, 150))[0]["packed"], output[1]
     assert sorted(order.tolist()) != order.tolist() and len(order) == 95 + sum(lengths) == places.max() + 1
     sizes = [(len(queries), queries.shape[1], keys.shape[1]) for queries, keys, *_ in blocks]
-    # The first row of a prompt with the prompt, the others without: up to 64 and 128 tokens, and more.
-    assert sizes == [(1, 8, 8), (1, 91, 91), (2, 64, 154), (2, 70, 160), (2, 150, 240)]
+    # The first row of a prompt with the prompt, the others without: up to 32, 64 and 128 tokens, and more.
+    assert sizes == [(1, 8, 8), (1, 91, 91), (2, 20, 25), (1, 64, 154), (1, 70, 160), (2, 150, 240)]
 
 
 def groups_of(num_prompts, k):
