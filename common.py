@@ -341,23 +341,25 @@ def pack(sequences, attention_mask, response_length):
         inputs: keyword arguments for a network, in which a token still sees those of its own row alone.
         places: (b, P+R), where in the packed row each token is; of padding, anywhere.
     """
-    columns = torch.arange(-sequences.shape[1], 0, device=sequences.device)  # (P+R,), counted from the end
-    is_prompt = columns < -response_length
-    prompts = sequences.where(attention_mask & is_prompt, -1)  # (b, P+R)
+    length = sequences.shape[1] - response_length  # P
+    prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, P)
     is_new = torch.ones_like(attention_mask[:, 0])  # (b,), rows with another prompt than the row before
     is_new[1:] = (prompts[1:] != prompts[:-1]).any(1)
-    is_packed = attention_mask & (is_new[:, None] | ~is_prompt)  # (b, P+R), T times True
-    places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)
-    places = torch.where(is_prompt, places[is_new][is_new.cumsum(0) - 1], places)  # (b, P+R)
+    is_packed = attention_mask.clone()  # (b, P+R), T times True
+    is_packed[:, :length] &= is_new[:, None]
+    places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
+    places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, P+R), counted from 0 after the left padding
     blocks, order = [], []
-    for rows, is_run in ((is_new, columns < 0), (~is_new, ~is_prompt)):
+    for rows, first in ((is_new, 0), (~is_new, length)):  # the others are run from the response on
         # Attention alone is padded, in blocks of rows of up to 32 tokens, up to 64, up to 128, and so on.
-        bits = (attention_mask & is_run).sum(1).clamp(min=32).log2().ceil().where(rows, -1)  # (b,)
+        bits = attention_mask[:, first:].sum(1).clamp(min=32).log2().ceil().where(rows, -1)  # (b,)
         for size in bits[rows].unique():
-            mask, place, position = [x[bits == size] for x in (attention_mask, places, positions)]  # (rows, P+R) each
-            seen = mask.any(0)  # (P+R,), columns of keys
-            run = seen & is_run  # (P+R,), columns of queries
+            block = (bits == size).nonzero()[:, 0]
+            used = attention_mask[block].any(0).nonzero()[:, 0]  # columns
+            seen = slice(used[0].item(), used[-1].item() + 1)  # columns of keys
+            run = slice(max(first, seen.start), seen.stop)  # columns of queries
+            mask, place, position = attention_mask[block], places[block], positions[block]  # (rows, P+R) each
             distances = position[:, run, None] - position[:, None, seen]  # (rows, q, l)
             is_hidden = (distances < 0) | ~mask[:, None, seen]
             bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, float("-inf"))
@@ -534,10 +536,12 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
     facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
     decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
-    prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
     # Decoded alone, a response may lose its first space; decoded with it, a prompt may, rarely, change.
-    triples = zip(decode(prompts), decode([p + r for p, r in zip(prompts, tokens)]), tokens)
-    texts = [both.removeprefix(prompt) if both.startswith(prompt) else decode([r])[0] for prompt, both, r in triples]
+    prompts = [row["input_ids"] for row in rows]
+    starts = [text for text in decode(prompts) for _ in range(samples_per_prompt)]
+    wholes = decode([prompts[i // samples_per_prompt] + row for i, row in enumerate(tokens)])
+    triples = zip(starts, wholes, tokens)
+    texts = [whole.removeprefix(p) if whole.startswith(p) else decode([row])[0] for p, whole, row in triples]
     return sequences, attention_mask, response_mask, logprobs, texts, facts
 
 
