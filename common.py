@@ -1,8 +1,8 @@
 """Tokenization, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
 `args` are the flags of a script. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of a
-micro-batch or of what is sampled at once, P prompt length, R response length, T real tokens and n response tokens of a
-micro-batch, V vocabulary.
+micro-batch or of what is sampled at once, P prompt length, R response length, T packed tokens and n response tokens of
+a micro-batch, V vocabulary.
 
 Prompts are padded on the left, so that every response starts in the same column. With P = 3 and R = 4, a prompt of two
 tokens p and a response of two tokens a and an end token e:
@@ -78,7 +78,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 
 def parse_flags(args_class, tiny, adapters, argv=None):
-    """Parse the command line: -> args, and the checkpoint of --resume, whose flags are the defaults, or None."""
+    """Parse the command line: -> args, and the checkpoint of --resume or None. Its flags are the defaults."""
     # Parsed twice, because --model, --lora-rank and --resume determine the defaults of the others.
     about = f"Defaults of --model tiny: {tiny}. Defaults of other models with --lora-rank: {adapters}."
     args, checkpoint = tyro.cli(args_class, args=argv, description=about), None
@@ -147,7 +147,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64: equal values then have exactly their mean, and Adam no rounding error to learn from.
+    # In float64: equal values then have exactly their mean, and Adam does not take rounding error for a gradient.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
 
@@ -158,7 +158,7 @@ def variance(values, mask):
 
 
 def whiten(values, mask, shift_mean=True):
-    """Shift (if `shift_mean`) and scale to mean 0 and deviation 1 where `mask` is True; 0 elsewhere."""
+    """Scale to deviation 1, and shift to mean 0 if `shift_mean`, where `mask` is True; 0 elsewhere."""
     shift = mean(values, mask) if shift_mean else 0.0
     return ((values - shift) / (variance(values, mask).sqrt() + 1e-8)).where(mask, 0.0)
 
@@ -177,7 +177,7 @@ def means_over_ranks(sums, count):
 def clip_gradients(network, max_grad_norm):
     """Sum the gradients of all ranks, clip their norm in place, and return the norm before clipping."""
     parameters = trained_parameters(network).values()
-    for p in parameters:  # an expert that got no token has no gradient
+    for p in parameters:  # of a mixture of experts, one without tokens has no gradient
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     require(norm < float("inf"), "gradient", "a finite norm; try a lower learning rate", norm)
@@ -220,7 +220,7 @@ def load_tokenizer(model, rows):
 
 
 def load_policy(args, tokenizer, rows):
-    """The model of --model on the CPU, in float32 but for a base of adapters.
+    """The model of --model on the CPU, in float32, or a base of adapters in --dtype, but for TRPO.
 
     It stays in evaluation mode: with dropout the loss would score a policy other than the one that sampled.
     """
@@ -303,21 +303,22 @@ def save_model(policy, tokenizer, args, run_dir):
 
 # ===== Passes over a micro-batch: real tokens in one row, a prompt once for its responses =====
 def micro_batches_of(groups, attention_mask, args):
-    """Split rows into micro-batches of at most --micro-batch-tokens: (prompts, k) -> a list of (b,).
+    """Split rows into micro-batches of at most --micro-batch-tokens, or of one row: (prompts, k) -> a list of (b,).
 
-    groups: the k row indices of each prompt, which `pack` runs once for the rows of a micro-batch.
+    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and an eighth more
+    for each response, as attention copies its keys and values.
     """
     prompts, responses = [mask.sum(1) for mask in attention_mask.tensor_split([-args.response_length], 1)]  # (B,)
-    sizes, total = [], float("inf")
+    counts, total = [], float("inf")  # full: the first row opens a micro-batch
     for prompt, *lengths in torch.cat([prompts[groups[:, :1]], responses[groups]], 1).tolist():
         total += prompt
         for length in lengths:
-            total += length
+            total += length + prompt // 8
             if total > args.micro_batch_tokens:
-                sizes.append(0)
-                total = prompt + length
-            sizes[-1] += 1
-    return groups.flatten().split(sizes)
+                counts.append(0)
+                total = prompt + length + prompt // 8
+            counts[-1] += 1
+    return groups.flatten().split(counts)
 
 
 def shuffled_minibatches(attention_mask, args, *key):
@@ -329,7 +330,7 @@ def shuffled_minibatches(attention_mask, args, *key):
 
 
 def pack(sequences, attention_mask, response_length):
-    """Put the T real tokens of b rows into one row, a prompt once for neighbors that begin with it.
+    """Put the real tokens of b rows into one row of T, a prompt once for neighbors that begin with it.
 
     >>> sequences = torch.tensor([[0, 5, 6, 7, 8], [0, 5, 6, 9, 0]])  # two responses to one prompt, P = 3 and R = 2
     >>> attention_mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
@@ -338,8 +339,8 @@ def pack(sequences, attention_mask, response_length):
     ([[5, 6, 7, 8, 9]], [[0, 0, 1, 2, 3], [0, 0, 1, 4, 4]])
 
     Returns:
-        inputs: keyword arguments for a network, in which a token still sees those of its own row alone.
-        places: (b, P+R), where in the packed row each token is; of padding, anywhere.
+        inputs: keyword arguments for a network. A token sees those before it in its own sequence alone.
+        places: (b, P+R), where in the packed row each token is; of padding, any place.
     """
     length = sequences.shape[1] - response_length  # P
     prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, P)
@@ -351,10 +352,10 @@ def pack(sequences, attention_mask, response_length):
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, P+R), counted from 0 after the left padding
     blocks, order = [], []
-    for rows, first in ((is_new, 0), (~is_new, length)):  # the others are run from the response on
+    for chosen, first in ((is_new, 0), (~is_new, length)):  # run whole, or from the response on
         # Attention alone is padded, in blocks of rows of up to 32 tokens, up to 64, up to 128, and so on.
-        bits = attention_mask[:, first:].sum(1).clamp(min=32).log2().ceil().where(rows, -1)  # (b,)
-        for size in bits[rows].unique():
+        bits = attention_mask[:, first:].sum(1).clamp(min=32).log2().ceil().where(chosen, -1)  # (b,)
+        for size in bits[chosen].unique():
             block = (bits == size).nonzero()[:, 0]
             used = attention_mask[block].any(0).nonzero()[:, 0]  # columns
             seen = slice(used[0].item(), used[-1].item() + 1)  # columns of keys
@@ -365,16 +366,17 @@ def pack(sequences, attention_mask, response_length):
             bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, float("-inf"))
             blocks.append((place[:, run], place[:, seen], distances[:, None], bias[:, None]))
             order.append(place[:, run].where(mask[:, run], -1).flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), of queries that are no padding
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), puts outputs in their places, without padding
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
-    # A mask of four dimensions keeps transformers from making one of (T, T).
-    inputs |= {"attention_mask": bias.new_zeros(1, 1, 1, 1), "packed": (blocks, order), "use_cache": False}
-    return inputs, places
+    # The mask is not read: its four dimensions keep transformers from making one of (T, T).
+    inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=mask.device), "packed": (blocks, order)}
+    return inputs | {"use_cache": False}, places
 
 
 def accept_packed_rows(model):
     """Wrap the attention function of a model, so that it takes what `pack` returns."""
     own, kind = model.config._attn_implementation, model.config.model_type
+    # "eager" is in no table: each kind of model has its own.
     attend = ALL_ATTENTION_FUNCTIONS.get(own, getattr(inspect.getmodule(type(model)), "eager_attention_forward", None))
     AttentionInterface.register(f"packed_{own}_{kind}", functools.partial(packed_attention, attend))
     AttentionMaskInterface.register(f"packed_{own}_{kind}", ALL_MASK_ATTENTION_FUNCTIONS[own])
@@ -389,7 +391,8 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
     def take(tensor, places):  # -> (rows, heads, l, d)
         return tensor[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
-    (blocks, order), outputs = packed, []
+    blocks, order = packed
+    outputs = []
     for queries, keys, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
         if sliding_window:
             bias = bias.masked_fill(distances >= sliding_window, float("-inf"))
@@ -407,12 +410,12 @@ def autocast(device, args):
 
 
 def response_logits(model, sequences, attention_mask, response_mask, args, parameters=None):
-    """Logits, at temperature 1, of the n tokens of the response mask, row after row, which alone reach the head.
+    """Logits, at temperature 1, that predict the n tokens of the response mask, row after row; no others are computed.
 
-    (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} to run in place of the model's own.
+    (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} in place of the model's own, for TRPO.
     """
     inputs, places = pack(sequences, attention_mask, args.response_length)
-    before = places[:, -args.response_length - 1 : -1]  # (b, R), of the token that a logit at its column predicts
+    before = places[:, -args.response_length - 1 : -1]  # (b, R), of the tokens before, whose logits predict
     inputs["logits_to_keep"] = before[response_mask]  # (n,)
     with autocast(sequences.device, args):
         output = torch.func.functional_call(model, parameters or {}, kwargs=inputs)
@@ -423,7 +426,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
 def in_micro_batches(function, micro_batches, *tensors):
     """Call `function` without gradient on the rows of each micro-batch, every row once: (B, ...) -> (B, ...)."""
     results = torch.cat([function(*[tensor[rows] for tensor in tensors]) for rows in micro_batches])
-    return results[torch.cat(list(micro_batches)).argsort()]
+    return results[torch.cat(micro_batches).argsort()]
 
 
 # ===== Prompts: rows are dictionaries with `prompt`, its token ids `input_ids`, and other columns =====
@@ -497,6 +500,7 @@ def load_prompts(args, world_size):
         seen = {json.dumps(row["prompt"]) for row in held_out}
         rows = [row for row in rows if json.dumps(row["prompt"]) not in seen]  # prompts may repeat
         require(rows, "--dataset", "a training prompt that is not held out (or --eval-dataset)", "none")
+    require(len(held_out) >= world_size, "--eval-dataset", "a row for each rank", f"{len(held_out)} rows")
     return tokenizer, rows, held_out
 
 
@@ -510,15 +514,15 @@ def mask_through_first_end(responses, end_ids):
 def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
 
-    All sampling goes through here: another engine, such as vLLM, must return the same. If it rounds differently, use
-    --dtype bfloat16, because in float32 REINFORCE and TRPO take these log-probabilities for log pi, and relax the check
-    of `try_model`. Tokens are from softmax(logits / temperature) of the current policy, or the argmax if `greedy`.
+    All sampling goes through here: another engine, such as vLLM, must return the same, from the weights of the moment.
+    If it rounds differently, use --dtype bfloat16 (in float32 REINFORCE and TRPO take its log-probabilities for log pi)
+    and relax the check of `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
         response_mask: (N k, R), True for sampled tokens, the end token included; the score goes to the last.
         logprobs: (N k, R), log-probabilities under the distribution that was sampled, 0 outside the mask.
         texts: N k, what the responses add to their prompts. For the reward alone: they may encode to other tokens.
-        facts: two lists, whether a response `ended`, or was cut at the length limit, and its `num_tokens`.
+        facts: lists of N k, `ended` (False if cut at the length limit) and `num_tokens`.
     """
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(policy.device)  # (N, P)
@@ -635,11 +639,12 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
     longest = max((row["input_ids"] for row in rows), key=len)
     largest = max(*end_ids, *[max(row["input_ids"]) for row in rows])
     require(largest < len(policy.get_input_embeddings().weight), "--model", "an embedding of each token", largest)
-    args, gaps = replace(args, response_length=4, dtype=args.dtype if args.lora_rank else "float32"), []
+    args = replace(args, response_length=min(4, args.response_length))
+    args, gaps = replace(args, dtype=args.dtype if args.lora_rank else "float32"), []
     with input_errors(f"--model: a trial of {args.model} failed"):
         prompts = [{"input_ids": longest}, {"input_ids": longest[: len(longest) // 2 + 1]}]
         *batch, sampled, _, _ = sample(policy, tokenizer, end_ids, args, prompts, 2, make_generator(policy.device, 0))
-        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, 4), sampler and loss
+        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, R), sampler and loss
         for tokens, real, mask, logprobs in zip(*batch, results):
             with autocast(tokens.device, args):
                 logits = policy(tokens[real][None, :-1]).logits[0]  # (L-1, V)

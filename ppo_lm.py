@@ -45,7 +45,7 @@ learned nothing, would move the policy, and the weight between the two losses wo
 Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped values (9),
 an optional stop by --target-kl, in (7) a sampled KL in place of the exact one; in bfloat16, where passes that sample
 round otherwise than those that train, --sampler-clip C: A_t times the importance weight min(pi_old / pi_sampler, C).
-Departures from reinforce_lm.py: a critic, and several steps per batch, for which log pi_old is remembered; and, as most
+Departures from reinforce_lm.py: a critic; several steps per batch, before which log pi_old is computed; and, as most
 code does, E_t divides by the number of tokens, where that script divides by the number of responses, and GAE drops the
 factor gamma^(t-1) that it keeps. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
 
@@ -419,7 +419,7 @@ def main(args, checkpoint=None):
             "objective/score": common.mean(scores).item(),
             "objective/return": common.mean(rewards.sum(1)).item(),
             "objective/response_length": common.mean(response_mask.sum(1).float()).item(),
-            "objective/ended": common.mean(ended.float()).item(),
+            "objective/ended": common.mean(ended).item(),
         } | {f"reward/{name}": common.mean(values.to(device)).item() for name, values in parts.items()}
         if reference is not None:
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
@@ -500,7 +500,7 @@ def main(args, checkpoint=None):
         }
         if args.surrogate == "clip":
             is_clipped = torch.where(advantages > 0, ratio > 1 + clip_coef_high, ratio < 1 - args.clip_coef)  # (B, R)
-            metrics["policy/clipfrac"] = common.mean(is_clipped.float(), response_mask).item()
+            metrics["policy/clipfrac"] = common.mean(is_clipped, response_mask).item()
         else:
             metrics["policy/penalty_coef"] = state.penalty_coef
             state.penalty_coef = adapt_penalty(state.penalty_coef, metrics["policy/approx_kl"], args.penalty_target)

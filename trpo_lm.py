@@ -574,7 +574,7 @@ def main(args, checkpoint=None):
             "objective/score": common.mean(scores).item(),
             "objective/return": common.mean(rewards.sum(1)).item(),
             "objective/response_length": common.mean(response_mask.sum(1).float()).item(),
-            "objective/ended": common.mean(ended.float()).item(),
+            "objective/ended": common.mean(ended).item(),
         } | {f"reward/{name}": common.mean(values.to(device)).item() for name, values in parts.items()}
         if reference is not None:
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()

@@ -278,6 +278,12 @@ def test_good_models_pass_their_trial(kind, settings, dtype, load_and_try):
     load_and_try(kind, dtype, **settings)
 
 
+@pytest.mark.parametrize("script", [reinforce_lm, ppo_lm, trpo_lm])
+def test_a_model_with_room_for_one_token_is_tried_with_one(script, tmp_path):
+    """The positions of --model tiny are as many as the longest prompt and response need."""
+    run_main(script, "--response-length", 1, "--total-episodes", 0, "--device", "cpu", "--output-dir", tmp_path)
+
+
 def test_a_model_with_attention_of_its_own_is_refused(load_and_try):
     assert "a trial of" in refusal(load_and_try, "bloom", hidden_size=16, n_layer=2, n_head=2)
 

@@ -258,6 +258,8 @@ def test_jsonl_columns_and_split(tmp_path):
     eval_path = write_rows(tmp_path / "eval.jsonl", rows[:20])
     _, train, held_out = load(path, eval_path, prompt_column="question", reference_column="answer")
     assert len(train) == 50 and [row["reference"] for row in held_out] == list(range(8))
+    with pytest.raises(SystemExit, match="--eval-dataset: expected a row for each rank, found 8 rows"):
+        load(path, eval_path, world_size=9, prompt_column="question", reference_column="answer")
 
 
 def test_held_out_data_may_have_characters_of_its_own_and_files_a_byte_order_mark(tmp_path):
