@@ -30,6 +30,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the processes that are started, as in common.py
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,6 +231,8 @@ def measure(case):
     call, warm_up = {"update": update, "rollout": rollout, "generate": generate}[case.what], None
     if case.what == "update":
         if case.compile:
+            name = policy.config._attn_implementation  # of packed rows, whose number of blocks varies
+            AttentionInterface.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
             compile_layers(policy, dynamic=True)  # for all widths
         policy = common.prepare(policy, device, args)
         policy.get_input_embeddings().register_forward_pre_hook(count)
