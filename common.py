@@ -27,7 +27,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -302,6 +301,11 @@ def save_model(policy, tokenizer, args, run_dir):
 
 
 # ===== Passes over a micro-batch: real tokens in one row, a prompt once for its responses =====
+def position_ids(attention_mask):
+    """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
 def micro_batches_of(groups, attention_mask, args):
     """Split rows into micro-batches of at most --micro-batch-tokens, or of one row: (prompts, k) -> a list of (b,).
 
@@ -313,10 +317,11 @@ def micro_batches_of(groups, attention_mask, args):
     for prompt, *lengths in torch.cat([prompts[groups[:, :1]], responses[groups]], 1).tolist():
         total += prompt
         for length in lengths:
-            total += length + prompt // 8
+            cost = length + prompt // 8
+            total += cost
             if total > args.micro_batch_tokens:
                 counts.append(0)
-                total = prompt + length + prompt // 8
+                total = prompt + cost
             counts[-1] += 1
     return groups.flatten().split(counts)
 
@@ -350,8 +355,7 @@ def pack(sequences, attention_mask, response_length):
     is_packed[:, :length] &= is_new[:, None]
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (b, P+R), counted from 0 after the left padding
-    blocks, order = [], []
+    positions, blocks, order = position_ids(attention_mask), [], []
     for chosen, first in ((is_new, 0), (~is_new, length)):  # run whole, or from the response on
         # Attention alone is padded, in blocks of rows of up to 32 tokens, up to 64, up to 128, and so on.
         bits = attention_mask[:, first:].sum(1).clamp(min=32).log2().ceil().where(chosen, -1)  # (b,)
@@ -377,7 +381,9 @@ def accept_packed_rows(model):
     """Wrap the attention function of a model, so that it takes what `pack` returns."""
     own, kind = model.config._attn_implementation, model.config.model_type
     # "eager" is in no table: each kind of model has its own.
-    attend = ALL_ATTENTION_FUNCTIONS.get(own, getattr(inspect.getmodule(type(model)), "eager_attention_forward", None))
+    attend = ALL_ATTENTION_FUNCTIONS.get(
+        own, getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    )
     AttentionInterface.register(f"packed_{own}_{kind}", functools.partial(packed_attention, attend))
     AttentionMaskInterface.register(f"packed_{own}_{kind}", ALL_MASK_ATTENTION_FUNCTIONS[own])
     model.set_attn_implementation(f"packed_{own}_{kind}")
@@ -418,8 +424,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     before = places[:, -args.response_length - 1 : -1]  # (b, R), of the tokens before, whose logits predict
     inputs["logits_to_keep"] = before[response_mask]  # (n,)
     with autocast(sequences.device, args):
-        output = torch.func.functional_call(model, parameters or {}, kwargs=inputs)
-    return output.logits[0]
+        return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
 
 
 @torch.no_grad()
@@ -582,7 +587,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     logprobs = torch.zeros(size, device=device)  # (b, R)
     end_tensor = torch.tensor(end_ids, device=device)
     mask = torch.nn.functional.pad(prompt_mask, (0, args.response_length), value=True).long()  # (N, P+R)
-    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (N, P), counted from 0 after the left padding
+    positions = position_ids(prompt_mask)  # (N, P)
     length = prompts.shape[1]
     logits = forward(prompts, positions, mask if fixed_size else mask[:, :length])  # (N, V)
     repeated = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # (b,)

@@ -30,7 +30,6 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the processes that are started, as in common.py
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +190,8 @@ def measure(case):
     args = reinforce_lm.Args(**flags)
     *_, device, args = (*common.start_ranks(args.device), args) if is_old else common.start_ranks(args)
     ids = [0] * case.prompt_length
+    if case.compile:  # but for attention, whose number of blocks varies
+        common.packed_attention = torch.compiler.disable(common.packed_attention)
     policy = common.load_policy(args, None, [ids] if is_old else [{"input_ids": ids}]).to(device)
     rows, batch = random_batch(case, policy.config.vocab_size)
     end_ids = [-1] if case.lengths == "fixed" else [*range(0, policy.config.vocab_size, 100)]
@@ -231,8 +232,6 @@ def measure(case):
     call, warm_up = {"update": update, "rollout": rollout, "generate": generate}[case.what], None
     if case.what == "update":
         if case.compile:
-            name = policy.config._attn_implementation  # of packed rows, whose number of blocks varies
-            AttentionInterface.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
             compile_layers(policy, dynamic=True)  # for all widths
         policy = common.prepare(policy, device, args)
         policy.get_input_embeddings().register_forward_pre_hook(count)

@@ -136,7 +136,8 @@ def test_long_rows_are_attended_to_in_blocks_of_like_length(kind):
         logprobs.square().sum().backward()
         found.append([logprobs, *take_gradients(model)])
     assert_equal(*found, tolerance=1e-11 if kind == "gpt2" else 1e-5)  # whose softmax of attention is in float32
-    (blocks, order), places = (output := common.pack(sequences, mask, 150))[0]["packed"], output[1]
+    inputs, places = common.pack(sequences, mask, 150)
+    blocks, order = inputs["packed"]
     assert sorted(order.tolist()) != order.tolist() and len(order) == 95 + sum(lengths) == places.max() + 1
     sizes = [(len(queries), queries.shape[1], keys.shape[1]) for queries, keys, *_ in blocks]
     # The first row of a prompt with the prompt, the others without: up to 32, 64 and 128 tokens, and more.
