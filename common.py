@@ -1,8 +1,8 @@
 """Tokenization, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
 `args` are the flags of a script. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of a
-micro-batch or of what is sampled at once, P prompt length, R response length, T packed tokens and n response tokens of
-a micro-batch, V vocabulary.
+micro-batch or of what is sampled at once, P prompt length, R response length, V vocabulary; of a micro-batch, T packed
+tokens and n response tokens.
 
 Prompts are padded on the left, so that every response starts in the same column. With P = 3 and R = 4, a prompt of two
 tokens p and a response of two tokens a and an end token e:
@@ -14,10 +14,10 @@ tokens p and a response of two tokens a and an end token e:
     logits at column              2    3    4                  (n, V)      predict a1, a2, e: one column earlier
     values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e, pad, and after it
 
-The mask ends after the first end token that was sampled, an action like any other. It is made once, by the rollout;
-nothing compares ids with the padding id, which may be the end token's:
+The mask ends after the first end token, an action like any other. The rollout makes it; nothing compares ids with the
+padding id, which may be the end token's:
 
->>> responses = torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0], [5, 7, 9, 8]])  # 0 is the end token and also the padding
+>>> responses = torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0], [5, 7, 9, 8]])  # 0 is end token and padding
 >>> response_mask = mask_through_first_end(responses, end_ids=[0])
 >>> response_mask.int().tolist()  # the first end token counts; what follows does not; the last row never ended
 [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
@@ -60,11 +60,11 @@ def require(condition, name, expected, found):
 
 
 @contextlib.contextmanager
-def input_errors(name, kind=Exception):
+def input_errors(name):
     """Turn an error inside into one line that begins with `name`, as `require` does."""
     try:
         yield
-    except kind as error:
+    except Exception as error:
         raise SystemExit(" ".join(f"error: {name}: {type(error).__name__}: {str(error)[-500:]}".split())) from error
 
 
@@ -78,7 +78,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 def parse_flags(args_class, tiny, adapters, argv=None):
     """Parse the command line: -> args, and the checkpoint of --resume or None. Its flags are the defaults."""
-    # Parsed twice, because --model, --lora-rank and --resume determine the defaults of the others.
+    # Parsed twice, as --model, --lora-rank and --resume determine the defaults of others.
     about = f"Defaults of --model tiny: {tiny}. Defaults of other models with --lora-rank: {adapters}."
     args, checkpoint = tyro.cli(args_class, args=argv, description=about), None
     values = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
@@ -104,7 +104,7 @@ def check_flags(args, world_size):
 
 # ===== Runs: ranks, randomness, statistics, files =====
 def start_ranks(args):
-    """Join torchrun's process group, if any: -> rank, world_size, this rank's device, args without automatic values."""
+    """Join torchrun's process group, if any: -> rank, world_size, device, args without automatic values."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     require(on_cuda or args.device != "cuda", "--device", "a CUDA device (or --device cpu)", "none")
@@ -117,14 +117,12 @@ def start_ranks(args):
         dist.init_process_group("nccl" if on_cuda else "gloo")
     if args.dtype == "auto":  # many CPUs have no bfloat16 products
         args = replace(args, dtype="bfloat16" if on_cuda else "float32")
-    if not args.micro_batch_tokens:
-        args = replace(args, micro_batch_tokens=4096 if on_cuda else 1024)
+    args = replace(args, micro_batch_tokens=args.micro_batch_tokens or (4096 if on_cuda else 1024))
     return rank, world_size, torch.device(device), args
 
 
 def make_generator(device, *key):
-    """A torch.Generator seeded by the integers of `key` alone."""
-    # The length of the key counts, or (1, 2) and (1, 2, 0) would be one stream.
+    """A torch.Generator seeded by the integers of `key` and their number: (1, 2) is not (1, 2, 0)."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
@@ -146,7 +144,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64: equal values then have exactly their mean, and Adam does not take rounding error for a gradient.
+    # In float64 equal values have exactly their mean, and Adam does not take rounding error for a gradient.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
 
@@ -174,7 +172,7 @@ def means_over_ranks(sums, count):
 
 
 def clip_gradients(network, max_grad_norm):
-    """Sum the gradients of all ranks, clip their norm in place, and return the norm before clipping."""
+    """Sum gradients of all ranks, clip their norm in place, and return the norm before clipping."""
     parameters = trained_parameters(network).values()
     for p in parameters:  # of a mixture of experts, one without tokens has no gradient
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -185,7 +183,7 @@ def clip_gradients(network, max_grad_norm):
 
 def trained_parameters(network):
     """{name: parameter}, without frozen ones, such as the base of adapters."""
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(run_dir, iteration, state, keep=2):
@@ -206,7 +204,7 @@ def load_checkpoint(run_dir):
 
 # ===== Models =====
 def load_tokenizer(model, rows):
-    """The tokenizer of a checkpoint, or for `model == "tiny"` one of the characters that occur in `rows`."""
+    """The tokenizer of a checkpoint, or for `model == "tiny"` one of the characters in `rows`."""
     if model != "tiny":
         with input_errors(f"--model: not `tiny` or a checkpoint with a tokenizer: {model!r}"):
             return transformers.AutoTokenizer.from_pretrained(model)
@@ -221,7 +219,7 @@ def load_tokenizer(model, rows):
 def load_policy(args, tokenizer, rows):
     """The model of --model on the CPU, in float32, or a base of adapters in --dtype, but for TRPO.
 
-    It stays in evaluation mode: with dropout the loss would score a policy other than the one that sampled.
+    It stays in evaluation mode: with dropout the loss would score another policy than the one that sampled.
     """
     context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
     torch.manual_seed(args.seed)
@@ -238,7 +236,7 @@ def load_policy(args, tokenizer, rows):
         policy = load_whole(transformers.AutoModelForCausalLM, args.model, "--model", torch.float32)
     for module in policy.modules():
         if isinstance(module, torch.nn.Embedding):
-            module.padding_idx = None  # the padding id, which may be an end token, would get no gradient
+            module.padding_idx = None  # or the padding id, perhaps an end token, would get no gradient
     accept_packed_rows(policy)
     head = policy.get_output_embeddings()
     head.forward = types.MethodType(full_precision_product, head)  # a deep copy binds it to its own head
@@ -249,7 +247,7 @@ def load_policy(args, tokenizer, rows):
         config = peft.LoraConfig(r=args.lora_rank, base_model_name_or_path=args.model, **settings)
         peft.inject_adapter_in_model(config, policy)
         for name, parameter in policy.named_parameters():
-            # Autocast would round the frozen base anyway, but not in TRPO (max_kl), whose update is in float32.
+            # Autocast would round the frozen base anyway, but TRPO (max_kl) updates in float32.
             if name.endswith("base_layer.weight") and args.dtype == "bfloat16" and not hasattr(args, "max_kl"):
                 parameter.data = parameter.data.bfloat16()
     return policy.eval()
@@ -302,15 +300,15 @@ def save_model(policy, tokenizer, args, run_dir):
 
 # ===== Passes over a micro-batch: real tokens in one row, a prompt once for its responses =====
 def position_ids(attention_mask):
-    """Positions of the real tokens, counted from 0 after the left padding: (B, L) mask -> (B, L) integers."""
+    """Positions of real tokens, from 0 on after the left padding: (B, L) mask -> (B, L) integers."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def micro_batches_of(groups, attention_mask, args):
     """Split rows into micro-batches of at most --micro-batch-tokens, or of one row: (prompts, k) -> a list of (b,).
 
-    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and an eighth more
-    for each response, as attention copies its keys and values.
+    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and an eighth for
+    each response, as attention copies its keys and values.
     """
     prompts, responses = [mask.sum(1) for mask in attention_mask.tensor_split([-args.response_length], 1)]  # (B,)
     counts, total = [], float("inf")  # full: the first row opens a micro-batch
@@ -356,20 +354,16 @@ def pack(sequences, attention_mask, response_length):
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]
     positions, blocks, order = position_ids(attention_mask), [], []
-    for chosen, first in ((is_new, 0), (~is_new, length)):  # run whole, or from the response on
-        # Attention alone is padded, in blocks of rows of up to 32 tokens, up to 64, up to 128, and so on.
-        bits = attention_mask[:, first:].sum(1).clamp(min=32).log2().ceil().where(chosen, -1)  # (b,)
-        for size in bits[chosen].unique():
-            block = (bits == size).nonzero()[:, 0]
-            used = attention_mask[block].any(0).nonzero()[:, 0]  # columns
-            seen = slice(used[0].item(), used[-1].item() + 1)  # columns of keys
-            run = slice(max(first, seen.start), seen.stop)  # columns of queries
-            mask, place, position = attention_mask[block], places[block], positions[block]  # (rows, P+R) each
-            distances = position[:, run, None] - position[:, None, seen]  # (rows, q, l)
-            is_hidden = (distances < 0) | ~mask[:, None, seen]
-            bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, float("-inf"))
-            blocks.append((place[:, run], place[:, seen], distances[:, None], bias[:, None]))
-            order.append(place[:, run].where(mask[:, run], -1).flatten())
+    # Attention alone is padded, in blocks of rows that run up to 32 tokens, up to 64, up to 128, and so on.
+    kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
+    for kind in kinds.unique():
+        mask, run, place, position = [x[kinds == kind] for x in (attention_mask, is_packed, places, positions)]
+        queries, keys = run.any(0), mask.any(0)  # (P+R,), columns
+        distances = position[:, queries, None] - position[:, None, keys]  # (rows, q, l)
+        is_hidden = (distances < 0) | ~mask[:, None, keys]
+        bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, float("-inf"))
+        blocks.append((place[:, queries], place[:, keys], distances[:, None], bias[:, None]))
+        order.append(place.where(run, -1)[:, queries].flatten())
     order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), puts outputs in their places, without padding
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
@@ -380,10 +374,8 @@ def pack(sequences, attention_mask, response_length):
 def accept_packed_rows(model):
     """Wrap the attention function of a model, so that it takes what `pack` returns."""
     own, kind = model.config._attn_implementation, model.config.model_type
-    # "eager" is in no table: each kind of model has its own.
-    attend = ALL_ATTENTION_FUNCTIONS.get(
-        own, getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
-    )
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # in no table
+    attend = ALL_ATTENTION_FUNCTIONS.get(own, eager)
     AttentionInterface.register(f"packed_{own}_{kind}", functools.partial(packed_attention, attend))
     AttentionMaskInterface.register(f"packed_{own}_{kind}", ALL_MASK_ATTENTION_FUNCTIONS[own])
     model.set_attn_implementation(f"packed_{own}_{kind}")
@@ -397,8 +389,7 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
     def take(tensor, places):  # -> (rows, heads, l, d)
         return tensor[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
-    blocks, order = packed
-    outputs = []
+    (blocks, order), outputs = packed, []
     for queries, keys, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
         if sliding_window:
             bias = bias.masked_fill(distances >= sliding_window, float("-inf"))
@@ -410,13 +401,13 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
 
 def autocast(device, args):
     """A context for passes in the precision of --dtype."""
-    # With --activation-checkpointing weights are rounded anew for each layer: a cache would hold all at once.
+    # With --activation-checkpointing each layer rounds its weights anew: a cache would hold all of them.
     settings = dict(enabled=args.dtype == "bfloat16", cache_enabled=not args.activation_checkpointing)
     return torch.autocast(device.type, torch.bfloat16, **settings)
 
 
 def response_logits(model, sequences, attention_mask, response_mask, args, parameters=None):
-    """Logits, at temperature 1, that predict the n tokens of the response mask, row after row; no others are computed.
+    """Logits, at temperature 1, that predict the n tokens of the response mask, row after row, and no others.
 
     (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} in place of the model's own, for TRPO.
     """
@@ -429,8 +420,8 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
 
 @torch.no_grad()
 def in_micro_batches(function, micro_batches, *tensors):
-    """Call `function` without gradient on the rows of each micro-batch, every row once: (B, ...) -> (B, ...)."""
-    results = torch.cat([function(*[tensor[rows] for tensor in tensors]) for rows in micro_batches])
+    """Call `function` without gradient on the rows of each micro-batch, each row once: (B, ...) -> (B, ...)."""
+    results = torch.cat([function(*[x[rows] for x in tensors]) for rows in micro_batches])
     return results[torch.cat(micro_batches).argsort()]
 
 
@@ -500,7 +491,7 @@ def load_prompts(args, world_size):
     tokenizer = load_tokenizer(args.model, rows + held_out)
     encode_prompts(tokenizer, rows + held_out, args.prompt_length)
     if not held_out:
-        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # the same for all seeds
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # for all seeds
         held_out = rows[: max(world_size, min(args.eval_size, len(rows) // 10))]
         seen = {json.dumps(row["prompt"]) for row in held_out}
         rows = [row for row in rows if json.dumps(row["prompt"]) not in seen]  # prompts may repeat
@@ -517,11 +508,11 @@ def mask_through_first_end(responses, end_ids):
 
 
 def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
-    """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, next to each other.
+    """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, side by side.
 
-    All sampling goes through here: another engine, such as vLLM, must return the same, from the weights of the moment.
-    If it rounds differently, use --dtype bfloat16 (in float32 REINFORCE and TRPO take its log-probabilities for log pi)
-    and relax the check of `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
+    All sampling goes through here. Another engine, such as vLLM, must return the same, from the weights of the moment.
+    If it rounds differently, use --dtype bfloat16 (in float32 REINFORCE and TRPO take its log-probabilities as log pi)
+    and relax `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
         response_mask: (N k, R), True for sampled tokens, the end token included; the score goes to the last.
@@ -534,7 +525,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # Autocast rounds the weights once in this block.
+    # Rounds the weights once in this block.
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prompts = zip(ids.split(at_once), mask.split(at_once))
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
@@ -545,7 +536,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
     facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
     decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
-    # Decoded alone, a response may lose its first space; decoded with it, a prompt may, rarely, change.
+    # Decoded alone, a response may lose its first space; decoded with it, a prompt may change.
     prompts = [row["input_ids"] for row in rows]
     starts = [text for text in decode(prompts) for _ in range(samples_per_prompt)]
     wholes = decode([prompts[i // samples_per_prompt] + row for i, row in enumerate(tokens)])
@@ -555,7 +546,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
 
 
 class FixedLayer(StaticLayer):
-    """A cache layer of fixed size. Keys, which rotary embeddings leave in float32, are rounded like values."""
+    """A cache of fixed size. Keys, which rotary embeddings leave in float32, are rounded like values."""
 
     def update(self, keys, values, *others, **settings):
         return super().update(keys.to(values.dtype), values, *others, **settings)
@@ -565,15 +556,15 @@ class FixedLayer(StaticLayer):
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
     """Sample responses token by token to (N, P) left-padded prompts, each run once for all its samples.
 
-    Settings of generation_config.json, such as top-k, are not used: they would sample from another distribution.
+    Settings of generation_config.json, such as top-k, are not used, as they change the distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
 
-    On CUDA the cache of keys and values has its final size from the start, so that the pass of one token is the same
-    work each time: it is captured as a graph and replayed, as launching its kernels takes longer than running them.
+    On CUDA the cache of keys and values has its final size from the start, so that the pass of one token is always the
+    same work: it is captured as a graph and replayed, as launching its kernels takes longer than running them.
     """
     device, on_cuda = prompts.device, prompts.device.type == "cuda"
     cache, graph = DynamicCache(config=model.config), None
-    # Sliding windows count positions outside of tensors, where a captured graph would not see them move.
+    # Sliding windows count positions outside of tensors, where a graph would not see them move.
     fixed_size = on_cuda and args.cuda_graph and {type(layer) for layer in cache.layers} == {DynamicLayer}
     if fixed_size:
         cache = Cache([FixedLayer(prompts.shape[1] + args.response_length) for _ in cache.layers])
@@ -582,9 +573,8 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         settings = dict(position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return model(tokens, attention_mask=mask, **settings).logits[:, -1]
 
-    size = len(prompts) * samples_per_prompt, args.response_length
-    responses = torch.full(size, PAD_ID, device=device)  # (b, R)
-    logprobs = torch.zeros(size, device=device)  # (b, R)
+    responses = torch.full((len(prompts) * samples_per_prompt, args.response_length), PAD_ID, device=device)  # (b, R)
+    logprobs = torch.zeros_like(responses, dtype=torch.float32)  # (b, R)
     end_tensor = torch.tensor(end_ids, device=device)
     mask = torch.nn.functional.pad(prompt_mask, (0, args.response_length), value=True).long()  # (N, P+R)
     positions = position_ids(prompt_mask)  # (N, P)
@@ -600,7 +590,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         step_logprobs = (logits / args.temperature).log_softmax(-1)  # (a, V)
         if greedy:
             tokens = step_logprobs.argmax(-1, keepdim=True)  # (a, 1)
-        else:  # exponential race (the Gumbel-max trick): argmax p_i / q_i is i with probability p_i
+        else:  # exponential race (Gumbel-max trick): argmax p_i / q_i is i with probability p_i
             noise = torch.empty_like(step_logprobs).exponential_(generator=generator)  # (a, V)
             tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (a, 1)
         responses[active, t] = tokens[:, 0]
@@ -638,14 +628,14 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
 def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
     """Refuse a model if padding, the cache or an unknown token would silently change its results.
 
-    Two samples of four tokens follow the longest prompt, two follow half of it. Sampler and loss must give the plain
-    model's log-probabilities, in float32, or with adapters in --dtype.
+    Two samples of four tokens follow the longest prompt, two follow half of it. Sampler and loss must give the
+    log-probabilities of the plain model, in float32, or with adapters in --dtype.
     """
     longest = max((row["input_ids"] for row in rows), key=len)
     largest = max(*end_ids, *[max(row["input_ids"]) for row in rows])
     require(largest < len(policy.get_input_embeddings().weight), "--model", "an embedding of each token", largest)
-    args = replace(args, response_length=min(4, args.response_length))
-    args, gaps = replace(args, dtype=args.dtype if args.lora_rank else "float32"), []
+    args, gaps = replace(args, response_length=min(4, args.response_length)), []
+    args = args if args.lora_rank else replace(args, dtype="float32")
     with input_errors(f"--model: a trial of {args.model} failed"):
         prompts = [{"input_ids": longest}, {"input_ids": longest[: len(longest) // 2 + 1]}]
         *batch, sampled, _, _ = sample(policy, tokenizer, end_ids, args, prompts, 2, make_generator(policy.device, 0))
@@ -662,13 +652,13 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
     """Share of the reference's characters that are in place in the response; its end counts as one more."""
-    pairs = [(response, str(text)) for response, text in zip(responses, reference)]
+    pairs = [(response, str(t)) for response, t in zip(responses, reference)]
     return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 
 
 def exact_reward(prompts, responses, reference, **columns):
     """1 if response and reference are equal up to surrounding white space, else 0."""
-    return [float(response.strip() == str(text).strip()) for response, text in zip(responses, reference)]
+    return [float(r.strip() == str(t).strip()) for r, t in zip(responses, reference)]
 
 
 def rouge_reward(prompts, responses, reference, **columns):
@@ -676,14 +666,14 @@ def rouge_reward(prompts, responses, reference, **columns):
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
-    return [scorer.score(str(text), response)["rougeL"].fmeasure for response, text in zip(responses, reference)]
+    return [scorer.score(str(t), response)["rougeL"].fmeasure for response, t in zip(responses, reference)]
 
 
 def bleu_reward(prompts, responses, reference, **columns):
     """Sentence BLEU (Papineni et al. 2002) with sacrebleu's exponential smoothing, from 0 to 1."""
     from sacrebleu import sentence_bleu
 
-    return [sentence_bleu(response, [str(text)]).score / 100 for response, text in zip(responses, reference)]
+    return [sentence_bleu(response, [str(t)]).score / 100 for response, t in zip(responses, reference)]
 
 
 REWARDS = {"match": match_reward, "exact": exact_reward, "rouge": rouge_reward, "bleu": bleu_reward}
@@ -696,7 +686,7 @@ def reward_model(name, args, device):
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_whole(transformers.AutoModelForSequenceClassification, name, "--reward", dtype).to(device).eval()
-    # Padded on the right, since positions count from the first token.
+    # Padded on the right, as positions count from the first token.
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
     # A decoder is scored at its last token other than padding, which may be the end token.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.eos_token
@@ -739,8 +729,7 @@ def load_reward(args, device, rows):
         expected = f"one of {', '.join(REWARDS)}, model:NAME or FILE.py:function"
         require(path.endswith(".py") and os.path.isfile(path), "--reward", expected, name)
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports, too
-        with input_errors(f"--reward {name}: must not call exit", SystemExit):
-            module = importlib.import_module(Path(path).stem)
+        module = importlib.import_module(Path(path).stem)
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", module)
     _, parts = score_responses(reward_fn, args, None, rows[:1], [""], {"ended": [True], "num_tokens": [1]})  # a trial
@@ -759,8 +748,7 @@ def score_responses(reward_fn, args, part_names, rows, responses, facts):
     rows = [row for row in rows for _ in range(len(responses) // len(rows))]
     columns = {name: [copy.deepcopy(row[name]) for row in rows] for name in rows[0] if name != "input_ids"}
     name = f"--reward {args.reward}"
-    with input_errors(f"{name}: must not call exit", SystemExit):  # other errors keep their traceback
-        returned = reward_fn(columns.pop("prompt"), list(responses), **columns, **facts)
+    returned = reward_fn(columns.pop("prompt"), list(responses), **columns, **facts)
     scores, parts = returned if isinstance(returned, tuple) and isinstance(returned[-1], dict) else (returned, {})
     require(part_names in (None, set(parts)), name, f"the parts of its first call, {part_names}", set(parts))
     tensors = {}

@@ -140,8 +140,8 @@ def test_long_rows_are_attended_to_in_blocks_of_like_length(kind):
     blocks, order = inputs["packed"]
     assert sorted(order.tolist()) != order.tolist() and len(order) == 95 + sum(lengths) == places.max() + 1
     sizes = [(len(queries), queries.shape[1], keys.shape[1]) for queries, keys, *_ in blocks]
-    # The first row of a prompt with the prompt, the others without: up to 32, 64 and 128 tokens, and more.
-    assert sizes == [(1, 8, 8), (1, 91, 91), (2, 20, 25), (1, 64, 154), (1, 70, 160), (2, 150, 240)]
+    # Up to 32 tokens, 64, 128 and more; the first row of a prompt with the prompt, after the others.
+    assert sizes == [(2, 20, 25), (1, 8, 8), (1, 64, 154), (1, 70, 160), (1, 91, 91), (2, 150, 240)]
 
 
 def groups_of(num_prompts, k):
