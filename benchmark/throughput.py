@@ -28,8 +28,7 @@ from types import SimpleNamespace
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Qwen2Config
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the processes that are started, as in common.py
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +37,8 @@ CASE = dict(what="update", model="", dtype="float32", device="cpu", repeats=1)
 # Tokens, all random, of the longest. The shortest prompt has a quarter. Responses are "exponential", a third of the
 # columns is real; "linear", from an eighth to all; or "fixed", and so are prompts. samples: responses to a prompt.
 CASE |= dict(responses=64, samples=8, prompt_length=16, response_length=64, lengths="exponential")
-# Flags of the script, or of the GenerationConfig; whether layers are compiled; operations per second of a product.
-CASE |= dict(flags={}, compile=False, rate=0.0)
+# Flags of the script, or of the GenerationConfig; operations per second of a product.
+CASE |= dict(flags={}, rate=0.0)
 
 
 @dataclass
@@ -165,15 +164,6 @@ def random_batch(case, vocab_size):
     return rows, [tensor.to(case.device) for tensor in (*batch, masks[1])]
 
 
-def compile_layers(policy, **settings):
-    """Compile the layers of a policy; what is compiled serves all of them."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or each layer would be compiled, for its number
-    Cache.update = torch.compiler.disable(Cache.update)  # which looks layers up by number
-    for layer in [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        layer.forward = torch.compile(layer.forward, **settings)
-
-
 def measure(case):
     """Measure a case in this process, with the tree that is first on the path: {column of a table: figure}.
 
@@ -190,8 +180,6 @@ def measure(case):
     args = reinforce_lm.Args(**flags)
     *_, device, args = (*common.start_ranks(args.device), args) if is_old else common.start_ranks(args)
     ids = [0] * case.prompt_length
-    if case.compile:  # but for attention, whose number of blocks varies
-        common.packed_attention = torch.compiler.disable(common.packed_attention)
     policy = common.load_policy(args, None, [ids] if is_old else [{"input_ids": ids}]).to(device)
     rows, batch = random_batch(case, policy.config.vocab_size)
     end_ids = [-1] if case.lengths == "fixed" else [*range(0, policy.config.vocab_size, 100)]
@@ -231,8 +219,6 @@ def measure(case):
 
     call, warm_up = {"update": update, "rollout": rollout, "generate": generate}[case.what], None
     if case.what == "update":
-        if case.compile:
-            compile_layers(policy, dynamic=True)  # for all widths
         policy = common.prepare(policy, device, args)
         policy.get_input_embeddings().register_forward_pre_hook(count)
         warm_up = (lambda: update(1)) if device.type == "cpu" else None
