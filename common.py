@@ -12,14 +12,14 @@ tokens p and a response of two tokens a and an end token e:
     attention_mask      0    1    1    1    1    1    0        (B, P+R)    real tokens
     response_mask                      1    1    1    0        (B, R)      sampled tokens, which are trained
     logits at column              2    3    4                  (n, V)      predict a1, a2, e: one column earlier
-    values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e, pad, and after it
+    values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e; others are not used
 
 The mask ends after the first end token, an action like any other. The rollout makes it; nothing compares ids with the
 padding id, which may be the end token's:
 
 >>> responses = torch.tensor([[5, 7, 0, 0], [5, 0, 0, 0], [5, 7, 9, 8]])  # 0 is end token and padding
 >>> response_mask = mask_through_first_end(responses, end_ids=[0])
->>> response_mask.int().tolist()  # the first end token counts; what follows does not; the last row never ended
+>>> response_mask.int().tolist()  # what follows an end token is out; the last row never ended
 [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
 """
 
@@ -70,14 +70,14 @@ def input_errors(name):
 
 # ===== Flags =====
 Number = TypeVar("Number", int, float)
-Positive = Annotated[Number, ("a positive number", lambda x: 0 < x < float("inf"))]
+Positive = Annotated[Number, ("a positive number", lambda x: 0 < x < torch.inf)]
 NonNegative = Annotated[Number, ("0 or more", lambda x: x >= 0)]
 UpToOne = Annotated[Number, ("more than 0 and at most 1", lambda x: 0 < x <= 1)]
 ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 
 def parse_flags(args_class, tiny, adapters, argv=None):
-    """Parse the command line: -> args, and the checkpoint of --resume or None. Its flags are the defaults."""
+    """Parse the command line: -> args, and the checkpoint of --resume or None, whose flags are the defaults."""
     # Parsed twice, as --model, --lora-rank and --resume determine the defaults of others.
     about = f"Defaults of --model tiny: {tiny}. Defaults of other models with --lora-rank: {adapters}."
     args, checkpoint = tyro.cli(args_class, args=argv, description=about), None
@@ -122,7 +122,7 @@ def start_ranks(args):
 
 
 def make_generator(device, *key):
-    """A torch.Generator seeded by the integers of `key` and their number: (1, 2) is not (1, 2, 0)."""
+    """A torch.Generator seeded by the integers of `key`, zeros at its end included."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
@@ -146,7 +146,7 @@ def mean(values, mask=None):
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     # In float64 equal values have exactly their mean, and Adam does not take rounding error for a gradient.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
-    return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # booleans have a mean, too
+    return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # of booleans, too
 
 
 def variance(values, mask):
@@ -174,10 +174,10 @@ def means_over_ranks(sums, count):
 def clip_gradients(network, max_grad_norm):
     """Sum gradients of all ranks, clip their norm in place, and return the norm before clipping."""
     parameters = trained_parameters(network).values()
-    for p in parameters:  # of a mixture of experts, one without tokens has no gradient
+    for p in parameters:  # an expert without tokens has no gradient, but is in the sum
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    require(norm < float("inf"), "gradient", "a finite norm; try a lower learning rate", norm)
+    require(norm < torch.inf, "gradient", "a finite norm; try a lower learning rate", norm)
     return norm
 
 
@@ -217,7 +217,7 @@ def load_tokenizer(model, rows):
 
 
 def load_policy(args, tokenizer, rows):
-    """The model of --model on the CPU, in float32, or a base of adapters in --dtype, but for TRPO.
+    """The model of --model on the CPU in float32; the frozen base of adapters is in --dtype, but for TRPO.
 
     It stays in evaluation mode: with dropout the loss would score another policy than the one that sampled.
     """
@@ -226,7 +226,7 @@ def load_policy(args, tokenizer, rows):
     if args.model == "tiny":
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
         size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
-        config = transformers.GPT2Config(**size, **special, activation_function="gelu_pytorch_tanh")  # a fused kernel
+        config = transformers.GPT2Config(**size, **special, activation_function="gelu_pytorch_tanh")
         policy = transformers.AutoModelForCausalLM.from_config(config)
     else:
         with input_errors(f"--model: could not load {args.model!r}"):
@@ -239,7 +239,7 @@ def load_policy(args, tokenizer, rows):
             module.padding_idx = None  # or the padding id, perhaps an end token, would get no gradient
     accept_packed_rows(policy)
     head = policy.get_output_embeddings()
-    head.forward = types.MethodType(full_precision_product, head)  # a deep copy binds it to its own head
+    head.forward = types.MethodType(full_precision_product, head)  # a copy of the model will use its own head
     if args.lora_rank:  # LoRA adapters (Hu et al. 2022) are all that is trained
         import peft
 
@@ -307,11 +307,11 @@ def position_ids(attention_mask):
 def micro_batches_of(groups, attention_mask, args):
     """Split rows into micro-batches of at most --micro-batch-tokens, or of one row: (prompts, k) -> a list of (b,).
 
-    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and an eighth for
-    each response, as attention copies its keys and values.
+    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and about an eighth
+    for each response, as attention copies its keys and values.
     """
-    prompts, responses = [mask.sum(1) for mask in attention_mask.tensor_split([-args.response_length], 1)]  # (B,)
-    counts, total = [], float("inf")  # full: the first row opens a micro-batch
+    prompts, responses = [m.sum(1) for m in attention_mask.tensor_split([-args.response_length], 1)]  # (B,), tokens
+    counts, total = [], torch.inf  # full: the first row opens a micro-batch
     for prompt, *lengths in torch.cat([prompts[groups[:, :1]], responses[groups]], 1).tolist():
         total += prompt
         for length in lengths:
@@ -352,19 +352,19 @@ def pack(sequences, attention_mask, response_length):
     is_packed = attention_mask.clone()  # (b, P+R), T times True
     is_packed[:, :length] &= is_new[:, None]
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
-    places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]
+    places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]  # those of the row that runs the prompt
     positions, blocks, order = position_ids(attention_mask), [], []
-    # Attention alone is padded, in blocks of rows that run up to 32 tokens, up to 64, up to 128, and so on.
+    # Attention alone is padded, in blocks: rows that run up to 32 tokens, up to 64 ..., with or without a prompt.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
     for kind in kinds.unique():
         mask, run, place, position = [x[kinds == kind] for x in (attention_mask, is_packed, places, positions)]
         queries, keys = run.any(0), mask.any(0)  # (P+R,), columns
         distances = position[:, queries, None] - position[:, None, keys]  # (rows, q, l)
         is_hidden = (distances < 0) | ~mask[:, None, keys]
-        bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, float("-inf"))
+        bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, -torch.inf)
         blocks.append((place[:, queries], place[:, keys], distances[:, None], bias[:, None]))
         order.append(place.where(run, -1)[:, queries].flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), puts outputs in their places, without padding
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), of outputs by place; padding, -1, comes first
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=mask.device), "packed": (blocks, order)}
@@ -372,9 +372,9 @@ def pack(sequences, attention_mask, response_length):
 
 
 def accept_packed_rows(model):
-    """Wrap the attention function of a model, so that it takes what `pack` returns."""
+    """Wrap the attention function of a model, to which transformers hands on what it does not know: `packed`."""
     own, kind = model.config._attn_implementation, model.config.model_type
-    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # in no table
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # is in no table
     attend = ALL_ATTENTION_FUNCTIONS.get(own, eager)
     AttentionInterface.register(f"packed_{own}_{kind}", functools.partial(packed_attention, attend))
     AttentionMaskInterface.register(f"packed_{own}_{kind}", ALL_MASK_ATTENTION_FUNCTIONS[own])
@@ -392,7 +392,7 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
     (blocks, order), outputs = packed, []
     for queries, keys, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
         if sliding_window:
-            bias = bias.masked_fill(distances >= sliding_window, float("-inf"))
+            bias = bias.masked_fill(distances >= sliding_window, -torch.inf)
         inputs = take(query, queries), take(key, keys), take(value, keys), bias.to(query.dtype)
         output, _ = attend(module, *inputs, **settings)
         outputs.append(output.flatten(0, 1))  # (rows q, heads, d)
@@ -401,7 +401,7 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
 
 def autocast(device, args):
     """A context for passes in the precision of --dtype."""
-    # With --activation-checkpointing each layer rounds its weights anew: a cache would hold all of them.
+    # With --activation-checkpointing each layer rounds its weights anew: the cache would hold them all.
     settings = dict(enabled=args.dtype == "bfloat16", cache_enabled=not args.activation_checkpointing)
     return torch.autocast(device.type, torch.bfloat16, **settings)
 
@@ -413,7 +413,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     """
     inputs, places = pack(sequences, attention_mask, args.response_length)
     before = places[:, -args.response_length - 1 : -1]  # (b, R), of the tokens before, whose logits predict
-    inputs["logits_to_keep"] = before[response_mask]  # (n,)
+    inputs["logits_to_keep"] = before[response_mask]  # (n,), where the head runs
     with autocast(sequences.device, args):
         return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
 
@@ -485,13 +485,13 @@ def encode_prompts(tokenizer, rows, prompt_length):
 
 def load_prompts(args, world_size):
     """The tokenizer of --model, training rows, and held-out rows, split off the former unless given."""
-    needed = args.total_episodes or args.model == "tiny" or not args.eval_dataset  # else only an evaluation
-    rows = load_rows(args.dataset, "--dataset", args) if needed else []
+    only_held_out = args.eval_dataset and args.model != "tiny" and not args.total_episodes
+    rows = [] if only_held_out else load_rows(args.dataset, "--dataset", args)
     held_out = load_rows(args.eval_dataset, "--eval-dataset", args)[: args.eval_size] if args.eval_dataset else []
     tokenizer = load_tokenizer(args.model, rows + held_out)
     encode_prompts(tokenizer, rows + held_out, args.prompt_length)
     if not held_out:
-        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # for all seeds
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # as for all seeds
         held_out = rows[: max(world_size, min(args.eval_size, len(rows) // 10))]
         seen = {json.dumps(row["prompt"]) for row in held_out}
         rows = [row for row in rows if json.dumps(row["prompt"]) not in seen]  # prompts may repeat
@@ -525,7 +525,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # Rounds the weights once in this block.
+    # This block rounds the weights once, unlike `autocast`.
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prompts = zip(ids.split(at_once), mask.split(at_once))
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
@@ -559,8 +559,8 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     Settings of generation_config.json, such as top-k, are not used, as they change the distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
 
-    On CUDA the cache of keys and values has its final size from the start, so that the pass of one token is always the
-    same work: it is captured as a graph and replayed, as launching its kernels takes longer than running them.
+    On CUDA the cache has its final size from the start, so that the pass of one token is always the same work: it is
+    captured as a graph and replayed, as launching its kernels takes longer than running them.
     """
     device, on_cuda = prompts.device, prompts.device.type == "cuda"
     cache, graph = DynamicCache(config=model.config), None
@@ -569,7 +569,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     if fixed_size:
         cache = Cache([FixedLayer(prompts.shape[1] + args.response_length) for _ in cache.layers])
 
-    def forward(tokens, positions, mask):  # -> logits of the next token, (N, V) or (a, V)
+    def forward(tokens, positions, mask):  # -> logits of the next token, (N, V), later (a, V)
         settings = dict(position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return model(tokens, attention_mask=mask, **settings).logits[:, -1]
 
@@ -595,7 +595,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (a, 1)
         responses[active, t] = tokens[:, 0]
         logprobs[active, t] = step_logprobs.gather(1, tokens)[:, 0]
-        ended |= (tokens == end_tensor).any(1)  # `isin` sorts many end ids, and then waits for the GPU
+        ended |= (tokens == end_tensor).any(1)  # `isin` may sort, and wait for the GPU
         if t + 1 == args.response_length:
             break
         inputs.copy_(tokens)
@@ -612,12 +612,12 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         if graph:
             graph.replay()  # reads inputs, positions and mask, and writes to logits
             continue
-        used = mask if fixed_size else mask[:, : length + t + 1]
+        used = mask if fixed_size else mask[:, : length + t + 1]  # causality hides later columns
         logits = forward(inputs, positions, used)
         if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
-                logits = forward(inputs, positions, used)  # where replays write; not run now
+                logits = forward(inputs, positions, used)  # recorded, not run: replays write here
             logits.copy_(computed)
     require(logprobs.isfinite().all(), "--model", "finite logits; try a lower learning rate", "NaN or infinity")
     response_mask = mask_through_first_end(responses, end_ids)  # (b, R)

@@ -113,7 +113,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     sampler_clip: NonNegative[float] = 0.0
-    """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
+    """with bfloat16 a bound, such as 2, on weights pi / pi_sampler that correct rounding in sampling; 0 for none"""
     micro_batch_tokens: NonNegative[int] = 0
     """tokens per forward and backward pass, which bound its memory; 0 is 1,024 on a CPU, 4,096 on a GPU"""
     rollout_tokens: Positive[int] = 262_144
@@ -196,11 +196,12 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
     """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
-    The one way to a log-probability: the first ratio pi / pi_old is 1 if both come from the same micro-batches.
+    The first ratio pi / pi_old is 1 if both come from the same micro-batches. An entropy bonus has no effect without
+    `entropy_gradient`, which keeps more for the backward pass.
     """
     logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
-    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # in pieces that fit a CPU's cache
+    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces fit a CPU's cache
     pieces = zip(logits.split(size), tokens.split(size))
     statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
     zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
@@ -247,7 +248,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of R columns and after the last, any in padding: (b, P+R) -> (b, R+1)."""
+        """Values of the states before each of R columns and after the last: (b, P+R) -> (b, R+1); any in padding."""
         inputs, places = common.pack(sequences, attention_mask, args.response_length)
         with common.autocast(sequences.device, args):
             hidden = self.backbone(**inputs).last_hidden_state[0]  # (T, hidden size)
@@ -315,7 +316,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None  # or a copy, which with adapters shares the base
+    reference = None  # or a copy, which with adapters shares the base and has its own, untrained
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -404,8 +405,8 @@ def main(args, checkpoint=None):
         # log pi_old comes from the loss's own function and the micro-batches of the update's first epoch, so that
         # the first ratio is 1, on a CPU exactly: in bfloat16 a row's rounding error depends on the rows around it.
         keys = [(args.seed, iteration, rank, epoch) for epoch in range(args.update_epochs)]
-        schedule = [common.shuffled_minibatches(attention_mask, args, *key) for key in keys]  # of each epoch
-        micro_batches = [indices for minibatch in schedule[0] for indices in minibatch]
+        epochs = [common.shuffled_minibatches(attention_mask, args, *key) for key in keys]
+        micro_batches = [indices for minibatch in epochs[0] for indices in minibatch]
         logprobs = batched_logprobs(policy, batch, micro_batches, args)  # (B, R)
 
         # ===== [2/5] Rewards, importance weights (shared by all three scripts) =====
@@ -432,10 +433,10 @@ def main(args, checkpoint=None):
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====
-        all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
+        all_values = common.in_micro_batches(lambda *x: critic(*x, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R), also of padding, which GAE skips
-        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), cut rows fill all R columns
-        value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,)
+        value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,), as cut rows fill all R columns
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, value_after, args.gamma, args.gae_lambda
         )
@@ -454,7 +455,7 @@ def main(args, checkpoint=None):
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # metrics of each optimizer step
-        for minibatch in [minibatch for epoch in schedule for minibatch in epoch]:  # one loop, which `break` ends
+        for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:  # a list of micro-batches
             # Of all ranks: `clip_gradients` sums their gradients.
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
             for indices in minibatch:
@@ -513,7 +514,7 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)
+            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)  # of one
             shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
             progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations

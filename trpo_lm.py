@@ -120,7 +120,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     sampler_clip: NonNegative[float] = 0.0
-    """bound, such as 2, on weights pi / pi_sampler that correct rounding of bfloat16 in sampling; 0 for no weights"""
+    """with bfloat16 a bound, such as 2, on weights pi / pi_sampler that correct rounding in sampling; 0 for none"""
     micro_batch_tokens: NonNegative[int] = 0
     """tokens per forward and backward pass, which bound its memory; 0 is 1,024 on a CPU, 4,096 on a GPU"""
     rollout_tokens: Positive[int] = 262_144
@@ -205,11 +205,12 @@ def token_statistics(logits, tokens, temperature, entropy_gradient=False):
 def policy_logprobs(model, sequences, attention_mask, response_mask, args, entropy_gradient=False):
     """Log pi of each response token, and the entropy of pi there: (b, P+R) twice, (b, R) -> (b, R), (b, R).
 
-    The one way to a log-probability: the first ratio pi / pi_old is 1 if both come from the same micro-batches.
+    The first ratio pi / pi_old is 1 if both come from the same micro-batches. An entropy bonus has no effect without
+    `entropy_gradient`, which keeps more for the backward pass.
     """
     logits = common.response_logits(model, sequences, attention_mask, response_mask, args)  # (n, V)
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
-    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # in pieces that fit a CPU's cache
+    size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces fit a CPU's cache
     pieces = zip(logits.split(size), tokens.split(size))
     statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
     zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
@@ -256,7 +257,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of R columns and after the last, any in padding: (b, P+R) -> (b, R+1)."""
+        """Values of the states before each of R columns and after the last: (b, P+R) -> (b, R+1); any in padding."""
         inputs, places = common.pack(sequences, attention_mask, args.response_length)
         with common.autocast(sequences.device, args):
             hidden = self.backbone(**inputs).last_hidden_state[0]  # (T, hidden size)
@@ -471,7 +472,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None  # or a copy, which with adapters shares the base
+    reference = None  # or a copy, which with adapters shares the base and has its own, untrained
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -587,10 +588,10 @@ def main(args, checkpoint=None):
             metrics["policy/sampler_clipfrac"] = common.mean(is_clipped, response_mask).item()
 
         # ===== [3/5] Generalized advantages (algorithm) =====
-        all_values = common.in_micro_batches(lambda *rows: critic(*rows, args), micro_batches, *batch[:2])  # (B, R+1)
+        all_values = common.in_micro_batches(lambda *x: critic(*x, args), micro_batches, *batch[:2])  # (B, R+1)
         values = all_values[:, :-1]  # (B, R), also of padding, which GAE skips
-        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,), cut rows fill all R columns
-        value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,)
+        is_cut = ~ended & (args.truncation == "bootstrap")  # (B,)
+        value_after = all_values[:, -1].where(is_cut, 0.0)  # (B,), as cut rows fill all R columns
         advantages = generalized_advantages(  # (B, R)
             rewards, values, response_mask, value_after, args.gamma, args.gae_lambda
         )
@@ -672,7 +673,7 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)
+            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)  # of one
             shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
             progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations
