@@ -171,7 +171,7 @@ def means_over_ranks(sums, count):
     return dict(zip(sums, (all_reduce(torch.stack(list(sums.values()))) / count).tolist()))
 
 
-def clip_gradients(network, max_grad_norm):
+def sum_and_clip_gradients(network, max_grad_norm):
     """Sum gradients of all ranks, clip their norm in place, and return the norm before clipping."""
     parameters = trained_parameters(network).values()
     for p in parameters:  # an expert without tokens has no gradient, but is in the sum

@@ -456,7 +456,7 @@ def main(args, checkpoint=None):
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # metrics of each optimizer step
         for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:  # a list of micro-batches
-            # Of all ranks: `clip_gradients` sums their gradients.
+            # Of all ranks, whose gradients are summed before the step.
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
             for indices in minibatch:
                 *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)
@@ -480,8 +480,8 @@ def main(args, checkpoint=None):
                 optimizer.zero_grad()  # of the step that is not taken
                 critic_optimizer.zero_grad()
                 break
-            step["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)
-            common.clip_gradients(critic, args.max_grad_norm)
+            step["policy/grad_norm"] = common.sum_and_clip_gradients(policy, args.max_grad_norm)
+            common.sum_and_clip_gradients(critic, args.max_grad_norm)
             critic_optimizer.step()
             critic_optimizer.zero_grad()
             optimizer.step()

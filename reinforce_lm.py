@@ -400,7 +400,7 @@ def main(args, checkpoint=None):
             common.add_sums(sums, mask, {"policy/entropy": entropy, "policy/sampler_gap": gap})
         metrics |= common.means_over_ranks(sums, num_tokens)
         metrics["loss/policy"] = all_reduce(sum(losses)).item()
-        metrics["policy/grad_norm"] = common.clip_gradients(policy, args.max_grad_norm)
+        metrics["policy/grad_norm"] = common.sum_and_clip_gradients(policy, args.max_grad_norm)
         metrics["policy/learning_rate"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()

@@ -659,7 +659,7 @@ def main(args, checkpoint=None):
                     v_loss = value_loss(new_values, values[indices], value_targets[indices], args.value_clip)  # (b, R)
                     (v_loss.where(mask, 0.0).sum() / num_tokens).backward()
                     common.add_sums(sums, mask, {"loss/value": v_loss})
-                common.clip_gradients(critic, args.max_grad_norm)
+                common.sum_and_clip_gradients(critic, args.max_grad_norm)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
                 losses.append(common.means_over_ranks(sums, num_tokens)["loss/value"])

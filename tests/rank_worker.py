@@ -35,7 +35,7 @@ RUNS = {
     "trpo_lm half": [*ONE, "--cg-iters", 2, "--fvp-fraction", 0.5, *SMALL, *PARTS],
 }
 
-sample, load_policy, clip_gradients = common.rollout, common.load_policy, common.clip_gradients
+sample, load_policy, sum_and_clip_gradients = common.rollout, common.load_policy, common.sum_and_clip_gradients
 add_scalar = ppo_lm.SummaryWriter.add_scalar
 
 
@@ -85,7 +85,7 @@ def train(run, runs_dir, dataset):
 
     def recording_clip(network, max_grad_norm):
         gradients.append(whole_gradient(network))
-        return clip_gradients(network, max_grad_norm)
+        return sum_and_clip_gradients(network, max_grad_norm)
 
     def recording_gradient(*args):
         result = surrogate_gradient(*args)
@@ -99,7 +99,7 @@ def train(run, runs_dir, dataset):
         return result
 
     common.load_policy = lambda *args, **settings: models.append(load_policy(*args, **settings)) or models[-1]
-    common.clip_gradients, script.SummaryWriter.add_scalar = recording_clip, recording_scalar
+    common.sum_and_clip_gradients, script.SummaryWriter.add_scalar = recording_clip, recording_scalar
     surrogate_gradient, line_search = trpo_lm.surrogate_gradient, trpo_lm.line_search
     trpo_lm.surrogate_gradient, trpo_lm.line_search = recording_gradient, recording_search
     flags = ["--total-episodes", 64, "--batch-size", 32, "--response-length", 6, "--eval-size", 7, "--save-every", 0]
@@ -160,7 +160,7 @@ class Experts(torch.nn.Module):
 def experts(rank):
     network = common.prepare(Experts(torch.distributed.get_world_size()), torch.device("cpu"), trpo_lm.Args())
     network(rank).backward()
-    common.clip_gradients(network, 1e9)
+    common.sum_and_clip_gradients(network, 1e9)
     return [parameter.grad for parameter in network.parameters()]
 
 
