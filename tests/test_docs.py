@@ -306,15 +306,19 @@ def test_the_dual_clip_bounds_what_a_bad_token_can_do():
 
 
 def test_the_recipes_of_group_normalized_advantages():
-    totals = torch.tensor([1.0, 3.0, 5.0, 5.0])
     for number, name in enumerate(("returns", "rewards")):
-        values = torch.stack([totals, torch.zeros(4)], 1) if name == "rewards" else torch.stack([totals, totals], 1)
-        names = {name: values, "response_mask": torch.tensor([[True, False]]).expand(4, 2)}
-        exec(
-            textwrap.dedent(RECIPES[number][1][0][1]), names | {"args": argparse.Namespace(samples_per_prompt=2)}, names
-        )
+
+        def advantages(totals, k, number=number, name=name):
+            other = torch.zeros_like(totals) if name == "rewards" else totals
+            names = {name: torch.stack([totals, other], 1), "args": argparse.Namespace(samples_per_prompt=k)}
+            names["response_mask"] = torch.tensor([[True, False]]).expand(len(totals), 2)
+            exec(textwrap.dedent(RECIPES[number][1][0][1]), names)
+            return names["advantages"]
+
+        found = advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), k=2)
         expected = torch.tensor([[-(0.5**0.5), 0.0], [0.5**0.5, 0.0], [0.0, 0.0], [0.0, 0.0]])
-        torch.testing.assert_close(names["advantages"], expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+        assert not advantages(torch.full((7,), 0.7), k=7).any(), "rounding error is not normalized"
 
 
 # ----- The README's first screen -----
