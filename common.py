@@ -12,7 +12,7 @@ tokens p and a response of two tokens a and an end token e:
     attention_mask      0    1    1    1    1    1    0        (B, P+R)    real tokens
     response_mask                      1    1    1    0        (B, R)      sampled tokens, which are trained
     logits at column              2    3    4                  (n, V)      predict a1, a2, e: one column earlier
-    values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e; others are not used
+    values at column              2    3    4    5    6        (B, R+1)    before a1, a2, e; 6 is for cut responses
 
 The mask ends after the first end token, an action like any other. The rollout makes it; nothing compares ids with the
 padding id, which may be the end token's:
@@ -77,7 +77,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 
 def parse_flags(args_class, tiny, adapters, argv=None):
-    """Parse the command line: -> args, and the checkpoint of --resume or None, whose flags are the defaults."""
+    """Parse the command line: -> args, and the checkpoint of --resume, whose flags are the defaults, or None."""
     # Parsed twice, as --model, --lora-rank and --resume determine the defaults of others.
     about = f"Defaults of --model tiny: {tiny}. Defaults of other models with --lora-rank: {adapters}."
     args, checkpoint = tyro.cli(args_class, args=argv, description=about), None
@@ -144,7 +144,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64 equal values have exactly their mean, and Adam does not take rounding error for a gradient.
+    # In float64 equal values have exactly their mean: Adam would make a full step of rounding error.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # of booleans, too
 
@@ -307,11 +307,11 @@ def position_ids(attention_mask):
 def micro_batches_of(groups, attention_mask, args):
     """Split rows into micro-batches of at most --micro-batch-tokens, or of one row: (prompts, k) -> a list of (b,).
 
-    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and about an eighth
+    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and an eighth of it
     for each response, as attention copies its keys and values.
     """
     prompts, responses = [m.sum(1) for m in attention_mask.tensor_split([-args.response_length], 1)]  # (B,), tokens
-    counts, total = [], torch.inf  # full: the first row opens a micro-batch
+    counts, total = [], torch.inf  # inf: the first row opens a micro-batch
     for prompt, *lengths in torch.cat([prompts[groups[:, :1]], responses[groups]], 1).tolist():
         total += prompt
         for length in lengths:
@@ -354,7 +354,7 @@ def pack(sequences, attention_mask, response_length):
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]  # those of the row that runs the prompt
     positions, blocks, order = position_ids(attention_mask), [], []
-    # Attention alone is padded, in blocks: rows that run up to 32 tokens, up to 64 ..., with or without a prompt.
+    # Attention alone is padded, in blocks: rows with up to 32 tokens in the packed row, 64 ..., with a prompt or not.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
     for kind in kinds.unique():
         mask, run, place, position = [x[kinds == kind] for x in (attention_mask, is_packed, places, positions)]
@@ -364,15 +364,15 @@ def pack(sequences, attention_mask, response_length):
         bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, -torch.inf)
         blocks.append((place[:, queries], place[:, keys], distances[:, None], bias[:, None]))
         order.append(place.where(run, -1)[:, queries].flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,), of outputs by place; padding, -1, comes first
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first and is dropped
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
-    inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=mask.device), "packed": (blocks, order)}
+    inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}
     return inputs | {"use_cache": False}, places
 
 
 def accept_packed_rows(model):
-    """Wrap the attention function of a model, to which transformers hands on what it does not know: `packed`."""
+    """Wrap the attention function of a model: transformers hands `packed`, which it does not know, on to it."""
     own, kind = model.config._attn_implementation, model.config.model_type
     eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # is in no table
     attend = ALL_ATTENTION_FUNCTIONS.get(own, eager)
@@ -390,10 +390,10 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
         return tensor[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
     (blocks, order), outputs = packed, []
-    for queries, keys, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
+    for places, key_places, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
         if sliding_window:
             bias = bias.masked_fill(distances >= sliding_window, -torch.inf)
-        inputs = take(query, queries), take(key, keys), take(value, keys), bias.to(query.dtype)
+        inputs = take(query, places), take(key, key_places), take(value, key_places), bias.to(query.dtype)
         output, _ = attend(module, *inputs, **settings)
         outputs.append(output.flatten(0, 1))  # (rows q, heads, d)
     return torch.cat(outputs).index_select(0, order)[None], None
@@ -491,7 +491,7 @@ def load_prompts(args, world_size):
     tokenizer = load_tokenizer(args.model, rows + held_out)
     encode_prompts(tokenizer, rows + held_out, args.prompt_length)
     if not held_out:
-        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # as for all seeds
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]  # for any --seed
         held_out = rows[: max(world_size, min(args.eval_size, len(rows) // 10))]
         seen = {json.dumps(row["prompt"]) for row in held_out}
         rows = [row for row in rows if json.dumps(row["prompt"]) not in seen]  # prompts may repeat
@@ -525,7 +525,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # This block rounds the weights once, unlike `autocast`.
+    # One context for all tokens, so that weights are rounded once.
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         prompts = zip(ids.split(at_once), mask.split(at_once))
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
@@ -614,7 +614,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             continue
         used = mask if fixed_size else mask[:, : length + t + 1]  # causality hides later columns
         logits = forward(inputs, positions, used)
-        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain
+        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain; rows may end
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # recorded, not run: replays write here
@@ -651,7 +651,7 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
-    """Share of the reference's characters that are in place in the response; its end counts as one more."""
+    """Share of the reference's characters that are in place in the response; equal length is one more."""
     pairs = [(response, str(t)) for response, t in zip(responses, reference)]
     return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 

@@ -316,7 +316,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None  # or a copy, which with adapters shares the base and has its own, untrained
+    reference = None  # or a copy, which shares the base of adapters, not the adapters
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -456,7 +456,7 @@ def main(args, checkpoint=None):
         clip_coef_high = args.clip_coef_high or args.clip_coef
         steps = []  # metrics of each optimizer step
         for minibatch in [minibatch for epoch in epochs for minibatch in epoch]:  # a list of micro-batches
-            # Of all ranks, whose gradients are summed before the step.
+            # Response tokens of the minibatch on all ranks, whose gradients are summed before the step.
             num_tokens, sums = all_reduce(response_mask[torch.cat(minibatch)].sum()), {}
             for indices in minibatch:
                 *inputs, mask = [tensor[indices] for tensor in batch]  # (b, P+R), (b, P+R), (b, R)

@@ -472,7 +472,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None  # or a copy, which with adapters shares the base and has its own, untrained
+    reference = None  # or a copy, which shares the base of adapters, not the adapters
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
