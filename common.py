@@ -1,8 +1,7 @@
 """Tokenization, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
-`args` are the flags of a script. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of a
-micro-batch or of what is sampled at once, P prompt length, R response length, V vocabulary; of a micro-batch, T packed
-tokens and n response tokens.
+`args` are a script's flags. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of those run
+at once, P prompt length, R response length, V vocabulary; of a micro-batch, T packed tokens and n response tokens.
 
 Prompts are padded on the left, so that every response starts in the same column. With P = 3 and R = 4, a prompt of two
 tokens p and a response of two tokens a and an end token e:
@@ -60,11 +59,11 @@ def require(condition, name, expected, found):
 
 
 @contextlib.contextmanager
-def input_errors(name):
+def input_errors(name, kind=Exception):
     """Turn an error inside into one line that begins with `name`, as `require` does."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         raise SystemExit(" ".join(f"error: {name}: {type(error).__name__}: {str(error)[-500:]}".split())) from error
 
 
@@ -357,8 +356,9 @@ def pack(sequences, attention_mask, response_length):
     # Attention alone is padded, in blocks: rows with up to 32 tokens in the packed row, 64 ..., with a prompt or not.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
     for kind in kinds.unique():
-        mask, run, place, position = [x[kinds == kind] for x in (attention_mask, is_packed, places, positions)]
-        queries, keys = run.any(0), mask.any(0)  # (P+R,), columns
+        rows = (kinds == kind).nonzero()[:, 0]
+        mask, run, place, position = [x[rows] for x in (attention_mask, is_packed, places, positions)]
+        queries, keys = [x.any(0).nonzero()[:, 0] for x in (run, mask)]  # (q,), (l,), columns
         distances = position[:, queries, None] - position[:, None, keys]  # (rows, q, l)
         is_hidden = (distances < 0) | ~mask[:, None, keys]
         bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, -torch.inf)
@@ -412,8 +412,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} in place of the model's own, for TRPO.
     """
     inputs, places = pack(sequences, attention_mask, args.response_length)
-    before = places[:, -args.response_length - 1 : -1]  # (b, R), of the tokens before, whose logits predict
-    inputs["logits_to_keep"] = before[response_mask]  # (n,), where the head runs
+    inputs["logits_to_keep"] = places[:, -args.response_length - 1 : -1][response_mask]  # (n,), of the tokens before
     with autocast(sequences.device, args):
         return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
 
@@ -525,8 +524,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
-    # One context for all tokens, so that weights are rounded once.
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # rounds weights once
         prompts = zip(ids.split(at_once), mask.split(at_once))
         results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
@@ -729,7 +727,8 @@ def load_reward(args, device, rows):
         expected = f"one of {', '.join(REWARDS)}, model:NAME or FILE.py:function"
         require(path.endswith(".py") and os.path.isfile(path), "--reward", expected, name)
         sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports, too
-        module = importlib.import_module(Path(path).stem)
+        with input_errors(f"--reward {name}: must not call exit", SystemExit):
+            module = importlib.import_module(Path(path).stem)
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", module)
     _, parts = score_responses(reward_fn, args, None, rows[:1], [""], {"ended": [True], "num_tokens": [1]})  # a trial
@@ -748,7 +747,8 @@ def score_responses(reward_fn, args, part_names, rows, responses, facts):
     rows = [row for row in rows for _ in range(len(responses) // len(rows))]
     columns = {name: [copy.deepcopy(row[name]) for row in rows] for name in rows[0] if name != "input_ids"}
     name = f"--reward {args.reward}"
-    returned = reward_fn(columns.pop("prompt"), list(responses), **columns, **facts)
+    with input_errors(f"{name}: must not call exit", SystemExit):  # other errors keep their traceback
+        returned = reward_fn(columns.pop("prompt"), list(responses), **columns, **facts)
     scores, parts = returned if isinstance(returned, tuple) and isinstance(returned[-1], dict) else (returned, {})
     require(part_names in (None, set(parts)), name, f"the parts of its first call, {part_names}", set(parts))
     tensors = {}

@@ -514,7 +514,7 @@ def main(args, checkpoint=None):
         if rank == 0:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, episode)
-            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)  # of one
+            log_samples("train", episode, prompt_rows[:1] * args.samples_per_prompt, texts, scores, parts)
             shown = ("objective/score", "objective/kl_ref", "time/tokens_per_second")
             progress.set_postfix({name.split("/")[1]: metrics[name] for name in shown if name in metrics})
         is_last = iteration == num_iterations

@@ -438,6 +438,12 @@ def test_a_reward_may_start_processes(load_reward, tmp_path):
     assert scores_of(score_responses) == [0.0, 20.0]
 
 
+@pytest.mark.parametrize("code", ["raise SystemExit(3)", "def fn(*_, **__):\n    exit(3)\n"], ids=["import", "call"])
+def test_a_reward_that_calls_exit_is_one_line(code, load_reward):
+    with pytest.raises(SystemExit, match="^error: --reward .*my_reward.py:fn: must not call exit: SystemExit: 3$"):
+        load_reward(my_reward=code)
+
+
 @pytest.mark.parametrize("code", ["fn = 3", "def other(): pass"])
 def test_a_reward_file_without_the_function_is_one_line(code, load_reward):
     with pytest.raises(SystemExit, match="error: --reward: expected a function 'fn' in .*my_reward.py, found"):
