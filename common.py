@@ -24,17 +24,17 @@ padding id, which may be the end token's:
 
 import contextlib
 import copy
-import functools
 import importlib
 import json
 import os
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
-# Threads that spin while waiting make two programs on one machine ten times slower.
+# Threads that spin while waiting slow two programs on one machine tenfold.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch is imported
 
 import numpy as np
@@ -77,7 +77,7 @@ ZeroToOne = Annotated[Number, ("0 to 1", lambda x: 0 <= x <= 1)]
 
 def parse_flags(args_class, tiny, adapters, argv=None):
     """Parse the command line: -> args, and the checkpoint of --resume, whose flags are the defaults, or None."""
-    # Parsed twice, as --model, --lora-rank and --resume determine the defaults of others.
+    # Parsed twice: --model, --lora-rank and --resume determine defaults of others.
     about = f"Defaults of --model tiny: {tiny}. Defaults of other models with --lora-rank: {adapters}."
     args, checkpoint = tyro.cli(args_class, args=argv, description=about), None
     values = tiny if args.model == "tiny" else adapters if args.lora_rank else {}
@@ -203,7 +203,7 @@ def load_checkpoint(run_dir):
 
 # ===== Models =====
 def load_tokenizer(model, rows):
-    """The tokenizer of a checkpoint, or for `model == "tiny"` one of the characters in `rows`."""
+    """The tokenizer of a checkpoint, or for `tiny` one of the characters in `rows`."""
     if model != "tiny":
         with input_errors(f"--model: not `tiny` or a checkpoint with a tokenizer: {model!r}"):
             return transformers.AutoTokenizer.from_pretrained(model)
@@ -218,12 +218,12 @@ def load_tokenizer(model, rows):
 def load_policy(args, tokenizer, rows):
     """The model of --model on the CPU in float32; the frozen base of adapters is in --dtype, but for TRPO.
 
-    It stays in evaluation mode: with dropout the loss would score another policy than the one that sampled.
+    It stays in evaluation mode: with dropout the loss would score another policy than the sampler's.
     """
     context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
     torch.manual_seed(args.seed)
     if args.model == "tiny":
-        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+        special = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)  # <end>
         size = dict(vocab_size=len(tokenizer), n_positions=context_length, n_embd=64, n_layer=2, n_head=4)
         config = transformers.GPT2Config(**size, **special, activation_function="gelu_pytorch_tanh")
         policy = transformers.AutoModelForCausalLM.from_config(config)
@@ -278,8 +278,8 @@ def prepare(network, device, args):
     """Move a network to the device; with --activation-checkpointing its layers keep only their input."""
     for layer in network.modules():
         if args.activation_checkpointing and isinstance(layer, GradientCheckpointingLayer):
-            keep_input = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            layer.forward = functools.partial(keep_input, layer.forward)
+            keep_input = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(keep_input, layer.forward)
     return network.to(device)
 
 
@@ -297,7 +297,7 @@ def save_model(policy, tokenizer, args, run_dir):
         tokenizer.save_pretrained(f"{run_dir}/model")
 
 
-# ===== Passes over a micro-batch: real tokens in one row, a prompt once for its responses =====
+# ===== Passes over a micro-batch: real tokens in one row, prompts once =====
 def position_ids(attention_mask):
     """Positions of real tokens, from 0 on after the left padding: (B, L) mask -> (B, L) integers."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -374,11 +374,12 @@ def pack(sequences, attention_mask, response_length):
 def accept_packed_rows(model):
     """Wrap the attention function of a model: transformers hands `packed`, which it does not know, on to it."""
     own, kind = model.config._attn_implementation, model.config.model_type
+    name = f"packed_{own}_{kind}"
     eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # is in no table
     attend = ALL_ATTENTION_FUNCTIONS.get(own, eager)
-    AttentionInterface.register(f"packed_{own}_{kind}", functools.partial(packed_attention, attend))
-    AttentionMaskInterface.register(f"packed_{own}_{kind}", ALL_MASK_ATTENTION_FUNCTIONS[own])
-    model.set_attn_implementation(f"packed_{own}_{kind}")
+    AttentionInterface.register(name, partial(packed_attention, attend))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    model.set_attn_implementation(name)
 
 
 def packed_attention(attend, module, query, key, value, attention_mask, packed=None, sliding_window=None, **settings):
@@ -412,7 +413,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} in place of the model's own, for TRPO.
     """
     inputs, places = pack(sequences, attention_mask, args.response_length)
-    inputs["logits_to_keep"] = places[:, -args.response_length - 1 : -1][response_mask]  # (n,), of the tokens before
+    inputs["logits_to_keep"] = places[:, -args.response_length - 1 : -1][response_mask]  # (n,), the tokens before
     with autocast(sequences.device, args):
         return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
 
@@ -424,7 +425,7 @@ def in_micro_batches(function, micro_batches, *tensors):
     return results[torch.cat(micro_batches).argsort()]
 
 
-# ===== Prompts: rows are dictionaries with `prompt`, its token ids `input_ids`, and other columns =====
+# ===== Prompts: rows are dictionaries of `prompt`, `input_ids` and other columns =====
 PAD_ID = 0  # may be any id, the end token's too: masks decide which tokens are real
 NUM_SORT_PROMPTS = 2**15
 
@@ -509,7 +510,7 @@ def mask_through_first_end(responses, end_ids):
 def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generator=None, greedy=False):
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, side by side.
 
-    All sampling goes through here. Another engine, such as vLLM, must return the same, from the weights of the moment.
+    All sampling goes through here. Another engine, such as vLLM, must return the same, from the current weights.
     If it rounds differently, use --dtype bfloat16 (in float32 REINFORCE and TRPO take its log-probabilities as log pi)
     and relax `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
     Returns:
@@ -533,18 +534,17 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     lengths = response_mask.sum(1).tolist()
     tokens = [row[:length] for row, length in zip(responses.tolist(), lengths)]
     facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
-    decode = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
     # Decoded alone, a response may lose its first space; decoded with it, a prompt may change.
-    prompts = [row["input_ids"] for row in rows]
-    starts = [text for text in decode(prompts) for _ in range(samples_per_prompt)]
-    wholes = decode([prompts[i // samples_per_prompt] + row for i, row in enumerate(tokens)])
+    prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
+    starts, wholes = decode(prompts), decode([[*prompt, *row] for prompt, row in zip(prompts, tokens)])
     triples = zip(starts, wholes, tokens)
     texts = [whole.removeprefix(p) if whole.startswith(p) else decode([row])[0] for p, whole, row in triples]
     return sequences, attention_mask, response_mask, logprobs, texts, facts
 
 
 class FixedLayer(StaticLayer):
-    """A cache of fixed size. Keys, which rotary embeddings leave in float32, are rounded like values."""
+    """A cache of fixed size. Keys, float32 after rotary embeddings, are rounded like values."""
 
     def update(self, keys, values, *others, **settings):
         return super().update(keys.to(values.dtype), values, *others, **settings)
@@ -554,16 +554,16 @@ class FixedLayer(StaticLayer):
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
     """Sample responses token by token to (N, P) left-padded prompts, each run once for all its samples.
 
-    Settings of generation_config.json, such as top-k, are not used, as they change the distribution.
+    Settings of generation_config.json, such as top-k, are not used: they change the distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
 
-    On CUDA the cache has its final size from the start, so that the pass of one token is always the same work: it is
-    captured as a graph and replayed, as launching its kernels takes longer than running them.
+    On CUDA the cache has its final size from the start: the pass of one token is always the same work, captured as a
+    graph and replayed, as launching its kernels takes longer than running them.
     """
     device, on_cuda = prompts.device, prompts.device.type == "cuda"
     cache, graph = DynamicCache(config=model.config), None
-    # Sliding windows count positions outside of tensors, where a graph would not see them move.
-    fixed_size = on_cuda and args.cuda_graph and {type(layer) for layer in cache.layers} == {DynamicLayer}
+    # Sliding windows count positions outside of tensors, where no graph sees them move.
+    fixed_size = on_cuda and args.cuda_graph and {*map(type, cache.layers)} == {DynamicLayer}
     if fixed_size:
         cache = Cache([FixedLayer(prompts.shape[1] + args.response_length) for _ in cache.layers])
 
@@ -732,15 +732,15 @@ def load_reward(args, device, rows):
         reward_fn = getattr(module, function, None)
         require(callable(reward_fn), "--reward", f"a function {function!r} in {path}", module)
     _, parts = score_responses(reward_fn, args, None, rows[:1], [""], {"ended": [True], "num_tokens": [1]})  # a trial
-    return functools.partial(score_responses, reward_fn, args, set(parts))
+    return partial(score_responses, reward_fn, args, set(parts))
 
 
 def score_responses(reward_fn, args, part_names, rows, responses, facts):
-    """Call the reward function and check what it returns: scores, or scores and a dictionary of parts.
+    """Call the reward function and check what it returns: scores, or scores and parts.
 
     Args:
         part_names: the names that parts have to have, or None for any.
-        rows: N rows of a data set. responses: N k texts, the k of one prompt next to each other.
+        rows: N rows of a data set. responses: N k texts, the k of a prompt side by side.
         facts: lists with an entry for each response, which the function gets, too.
     Returns (N k,) tensors on the CPU: the scores, and a dictionary of parts.
     """

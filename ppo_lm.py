@@ -50,7 +50,7 @@ code does, E_t divides by the number of tokens, where that script divides by the
 factor gamma^(t-1) that it keeps. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
-common.py begins with a drawing of how prompts, responses, masks, logits and values are aligned.
+common.py begins with a drawing of how prompts, responses, masks, logits and values align.
 """
 
 # ===== Imports (shared by all three scripts) =====

@@ -39,7 +39,7 @@ the norm of g but not its direction; and in bfloat16, where passes that sample r
 trpo_lm.py: one gradient step per batch, no critic, and gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
-V vocabulary. common.py begins with a drawing of how prompts, responses, masks and logits are aligned.
+V vocabulary. common.py begins with a drawing of how masks and logits align.
 """
 
 # ===== Imports (shared by all three scripts) =====

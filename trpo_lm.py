@@ -57,7 +57,7 @@ per batch, no policy optimizer and no policy learning rate. The policy's update 
 tokens, where reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
-D number of trained parameters. common.py begins with a drawing of how prompts, responses and values are aligned.
+D number of trained parameters. common.py begins with a drawing of how prompts, responses and values align.
 """
 
 # ===== Imports (shared by all three scripts) =====
