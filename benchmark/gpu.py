@@ -1,7 +1,8 @@
-"""What one GPU does, in at most twelve minutes: a Qwen2 in the shape of Qwen2.5 0.5B, with random weights, in bfloat16.
+"""What one GPU does, in two calls of at most ten minutes, or, on smaller models, a CPU.
 
-    python benchmark/gpu.py --baseline-tree ../older             # all parts, or some: --parts card steps
-    python benchmark/gpu.py --baseline-tree ../older --small     # a tiny shape, on a CPU too, to try the code
+    git worktree add ../older fad5699
+    python benchmark/gpu.py --baseline-tree ../older --parts card correctness steps rollout update
+    python benchmark/gpu.py --parts scripts trl adapters
 
 Rows are printed when they are measured, so that a time limit loses only what comes after it. The baseline is another
 tree of this project, commit fad5699 or later. A ratio is that of the first figure to the first row's. Parts:
@@ -10,9 +11,11 @@ tree of this project, commit fad5699 or later. A ratio is that of the first figu
 - correctness: gradients and Fisher products against float32 on the CPU; greedy tokens with and without a CUDA graph.
 - steps: one more token of each row: the pass of the model, as a CUDA graph, and the sampling from its logits, as in
   `common.rollout`; then with one attention mask for all layers, with layers compiled, with the sampling compiled.
-- rollout: responses of a fixed length, and ragged ones, of which one token in a hundred is the last.
-- update: forward and backward passes over ragged responses, from an eighth of the length to all of it.
-- scripts: a whole iteration of each script on prompts of `sort`, alone on the card.
+- rollout: responses of full length, and ragged ones, of which one token in a hundred is the last.
+- update: forward and backward passes over ragged responses, of which a third of the columns is real.
+- scripts: a whole iteration of each script on prompts of `sort`, alone on the card; on a CPU, of its default run.
+- trl: four updates of reinforce_lm.py beside TRL's (pip install -r benchmark/requirements.txt).
+- adapters: a whole iteration of each script with --lora-rank 8, of a model in the shape of Qwen2.5 7B.
 """
 
 import functools
@@ -22,6 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are files
@@ -31,6 +35,7 @@ import common
 import reinforce_lm
 import trpo_lm
 
+import against_trl
 import throughput
 import torch
 import transformers
@@ -38,14 +43,18 @@ import tyro
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHANGES = "pass", "pass, one mask", "pass, one mask, compiled layers", "sampling", "sampling, compiled"
-QWEN2, SMALL = (896, 24, 14, 2, 4864, 151_936), (64, 2, 4, 2, 128, 512)  # for `throughput.random_model`
+# For `throughput.random_model`: Qwen2.5 0.5B and 7B, one for a CPU, and one to try the code.
+QWEN, QWEN_7B = (896, 24, 14, 2, 4864, 151_936), (3584, 28, 28, 4, 18_944, 152_064)
+TWO_LAYERS, SMALL = (192, 2, 6, 2, 512, 50_257), (64, 2, 4, 2, 128, 512)
 
 
 @dataclass
 class Args:
     parts: tuple[str, ...] = ("card", "correctness", "steps", "rollout", "update", "scripts")  # what to measure
-    baseline_tree: str = ""  # folder of another tree, to compare rollouts and updates with
-    small: bool = False  # a tiny shape
+    baseline_tree: str = ""  # folder of another tree, to compare rollouts, updates and scripts with
+    model: str = ""  # update: folder of a model; random weights without
+    rounds: int = 1  # rollout, update, scripts: times that all is measured, in turn, A B A B ...
+    small: bool = False  # a tiny shape, on a CPU too, to try the code
 
 
 def load(folder, device=DEVICE, **flags):
@@ -57,7 +66,7 @@ def load(folder, device=DEVICE, **flags):
 # ===== card, correctness =====
 def product_rate(dtype=torch.bfloat16):
     """Operations per second of a matrix product, of float32 in TF32."""
-    size = 8192 if DEVICE == "cuda" else 256
+    size = 8192 if DEVICE == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype)
     return 2 * size**3 / throughput.timed(lambda: a @ b, DEVICE, 10)[0]
 
@@ -93,9 +102,8 @@ def part_correctness(args, sizes, folder):
         equal = (results[0] == results[1]).cumprod(1).float().mean().item()
         return dict(zip(("error of the gradient", "of a Fisher product"), relative)) | {"equal tokens": equal}
 
-    throughput.compare(
-        "correctness, float32 with TF32", {dtype: functools.partial(errors, dtype) for dtype in ("float32", "bfloat16")}
-    )
+    calls = {dtype: functools.partial(errors, dtype) for dtype in ("float32", "bfloat16")}
+    throughput.compare("correctness, float32 with TF32", calls)
 
 
 # ===== steps =====
@@ -104,18 +112,6 @@ def one_token_attention(module, query, key, value, attention_mask, scaling=None,
     packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])
     out = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(len(query), 1, query.shape[1], -1), None
-
-
-class OneColumn:
-    """The cache of one layer, in which keys and values of a token go to `column`, a tensor that all layers share."""
-
-    def __init__(self, layer, column):
-        self.keys, self.values, self.column = layer.keys, layer.values, column
-
-    def update(self, keys, values, *_, **__):
-        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, values)
-        return self.keys, self.values
 
 
 def token_pass(folder, rows, sizes, change):
@@ -129,14 +125,13 @@ def token_pass(folder, rows, sizes, change):
     policy(prompts, attention_mask=mask[: len(prompts)], **settings)
     cache.reorder_cache(torch.arange(rows, device=DEVICE) // 8)
     inputs = prompts[:, -1:].repeat_interleave(8, 0)  # (b, 1)
-    positions, column = torch.full_like(inputs, length), torch.full_like(inputs[0], length)  # (b, 1), (1,)
+    positions, column = torch.full_like(inputs, length), cache.layers[0].cumulative_length.view(1)  # (b, 1), (1,)
     if change != "pass":
         mask = torch.full((rows, 1, 1, size), -torch.inf, dtype=cache.layers[0].keys.dtype, device=DEVICE)
         mask[..., :length] = 0.0
     if change == "pass, one mask, compiled layers":
         transformers.AttentionInterface.register("one_token", one_token_attention)
         policy.set_attn_implementation("one_token")
-        torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or each layer would be compiled, for its number
         settings = dict(use_cache=False, logits_to_keep=1)
 
@@ -147,14 +142,12 @@ def token_pass(folder, rows, sizes, change):
             for part in (*layer.self_attn.children(), *layer.mlp.children()):
                 part.bfloat16()  # here, or a compiled layer would round its weights in each pass
             compiled = torch.compile(layer.forward, dynamic=False)
-            layer.forward = functools.partial(forward, compiled, OneColumn(kept, column))
+            layer.forward = functools.partial(forward, compiled, kept)
 
     def run():
         if change != "pass":
             mask.index_fill_(3, column, 0.0)
-        logits = policy(inputs, attention_mask=mask, position_ids=positions, **settings).logits[:, -1]
-        column.add_(1)
-        return logits
+        return policy(inputs, attention_mask=mask, position_ids=positions, **settings).logits[:, -1]
 
     return run
 
@@ -203,40 +196,71 @@ def part_steps(args, sizes, folder):
         throughput.compare(f"steps: {rows:,} rows", calls)
 
 
-# ===== rollout, update, scripts =====
+# ===== rollout, update, scripts, trl, adapters =====
+def compare_cases(title, ours, baseline, args):
+    """`throughput.compare` {name: case} of this tree and of the baseline, if there is one."""
+    calls = {f"baseline, {name}": (args.baseline_tree, case) for name, case in baseline.items() if args.baseline_tree}
+    calls |= {name: (throughput.ROOT, case) for name, case in ours.items()}
+    calls = {name: functools.partial(throughput.run_case, *call) for name, call in calls.items()}
+    throughput.compare(title, calls, args.rounds)
+
+
 def part_rollout(args, sizes, folder):
-    many, case = {"responses": 8 * sizes["responses"]}, sizes | dict(what="rollout", model=folder)
-    baseline = {"fixed": case | {"lengths": "fixed"}, "ragged": case | {"lengths": "linear"}}
+    many, case = {"responses": 8 * sizes["responses"]}, sizes | dict(what="rollout", model=folder, dtype="bfloat16")
+    baseline = {"full length": case | {"fixed": True}, "ragged": case}
     ours = baseline | {f"{name}, 8 times as many": case | many for name, case in baseline.items()}
-    ours["ragged, 8 times as many, all at once"] = baseline["ragged"] | many | {"flags": {"rollout_tokens": 2**30}}
-    ours["fixed, `generate`"] = baseline["fixed"] | {"what": "generate"}
-    throughput.compare_cases(f"rollout, {case}", ours, baseline, args.baseline_tree, own_process=False)
+    ours["ragged, 8 times as many, all at once"] = case | many | {"flags": {"rollout_tokens": 2**30}}
+    compare_cases(f"rollout, {case}", ours, baseline, args)
 
 
 def part_update(args, sizes, folder):
-    case = sizes | dict(model=folder, lengths="linear", rate=product_rate())
-    baseline = {f"--micro-batch-size {n}": case | dict(flags=dict(micro_batch_size=n)) for n in (16, 64)}
-    ours = {f"--micro-batch-tokens {n}": case | dict(flags=dict(micro_batch_tokens=n)) for n in (4096, 16384, 32768)}
-    throughput.compare_cases(f"update, {case}", ours, baseline, args.baseline_tree, own_process=False)
+    old, new = ((16, 64), (4096, 16384, 32768)) if DEVICE == "cuda" else ((8,), (1024, 256))  # the defaults come first
+    for dtype in ("bfloat16", "float32"):
+        case = sizes | dict(model=args.model or folder, dtype=dtype, rate=product_rate(getattr(torch, dtype)))
+        baseline = {f"--micro-batch-size {n}": case | dict(flags=dict(micro_batch_size=n)) for n in old}
+        ours = {f"--micro-batch-tokens {n}": case | dict(flags=dict(micro_batch_tokens=n)) for n in new}
+        compare_cases(f"update, {case}", ours, baseline, args)
 
 
-def part_scripts(args, sizes, folder):
-    flags = {name: sizes[name] for name in ("device", "dtype", "response_length")} | dict(model=folder, eval_size=8)
-    flags |= dict(batch_size=sizes["responses"], total_episodes=3 * sizes["responses"], samples_per_prompt=8)
-    run = functools.partial(throughput.iteration, throughput.ROOT, skip=1, **flags)
-    scripts = "ppo_lm.py", "trpo_lm.py", "reinforce_lm.py"
-    throughput.compare(f"scripts, {flags}", {script: functools.partial(run, script) for script in scripts})
+def part_scripts(args, sizes, folder, **more):
+    skip, flags = 5, dict(total_episodes=35 * 256)  # `sort`
+    if DEVICE == "cuda" or args.small:
+        skip, rows = 1, sizes["responses"]
+        flags = dict(model=folder, samples_per_prompt=8, batch_size=rows, total_episodes=3 * rows, eval_size=8)
+        flags |= dict(dtype="bfloat16", response_length=sizes["response_length"]) | more
+
+    def iteration(tree, script):  # from end to end, without evaluations
+        run = throughput.run_script(script, tree=tree, eval_every=0, device=DEVICE, **flags)
+        figures = {"CPU s": run.cpu_seconds} if DEVICE == "cpu" else {}
+        figures |= {"s": run.seconds, "rollout, s": [*run.metrics["time/rollout_seconds"].values()]}
+        return {name: median(values[skip:]) for name, values in figures.items()} | {"peak GiB": run.gib}
+
+    trees = {"baseline": args.baseline_tree, "this tree": throughput.ROOT}
+    for script in ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py"):
+        calls = {name: functools.partial(iteration, tree, script) for name, tree in trees.items() if tree}
+        throughput.compare(f"{script}, {flags}", calls, args.rounds)
+
+
+def part_trl(args, sizes, folder):
+    flags = dict(batch_size=sizes["responses"], response_length=sizes["response_length"], updates=4, seeds=(1,))
+    against_trl.main(against_trl.Args(model=folder, dtype="bfloat16", device=DEVICE, **flags))
+
+
+def part_adapters(args, sizes, folder):
+    folder = throughput.random_model(f"{folder}/large", *(SMALL if args.small else QWEN_7B))
+    part_scripts(args, sizes, folder, lora_rank=8)
 
 
 def main(args):
-    common.require(args.small or DEVICE == "cuda", "--small", "a GPU, or --small", "none")
     common.start_ranks(reinforce_lm.Args())  # as the scripts do: without cuDNN's attention, with TF32
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    print(f"{card}, torch {torch.__version__}, transformers {transformers.__version__}")
-    sizes = dict(responses=256, prompt_length=64, response_length=256, device=DEVICE, dtype="bfloat16", repeats=2)
-    sizes |= dict(responses=32, prompt_length=8, response_length=16) if args.small else {}
+    print(torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", torch.__version__, transformers.__version__)
+    sizes = dict(responses=64, prompt_length=16, response_length=64, device=DEVICE)
+    if args.small:
+        sizes |= dict(responses=32, prompt_length=8, response_length=16)
+    elif DEVICE == "cuda":
+        sizes |= dict(responses=256, prompt_length=64, response_length=256, repeats=2)
     with tempfile.TemporaryDirectory() as folder:
-        throughput.random_model(folder, *(SMALL if args.small else QWEN2))
+        throughput.random_model(folder, *(SMALL if args.small else QWEN if DEVICE == "cuda" else TWO_LAYERS))
         for part in ",".join(args.parts).split(","):  # with or without commas
             start = time.perf_counter()
             globals()[f"part_{part}"](args, sizes, folder)

@@ -93,7 +93,6 @@ def draw(runs, path):
             axis.plot(x, y.mean(0), color=COLORS[script], linewidth=1.5, label=f"{script}.py")
             axis.fill_between(x, y.min(0), y.max(0), color=COLORS[script], alpha=0.2, linewidth=0)
         axis.set(xlabel=label, xlim=(0, None))
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("exact match on held-out prompts")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -103,10 +102,9 @@ def main(args):
     os.chdir(throughput.ROOT)
     runs = {script: [] for script in args.scripts}
     calls = {f"`{s}.py`": functools.partial(train, s, itertools.cycle(args.seeds), args, runs[s]) for s in runs}
-    throughput.compare(f"Seeds {args.seeds}:", calls, len(args.seeds), throughput.each)
+    throughput.compare(f"Seeds {args.seeds}:", calls, len(args.seeds))
     commit = subprocess.getoutput("git describe --always --dirty")[-30:]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    print(ABOUT, f"{args}, commit {commit}, {machine}, {time.strftime('%F')}", sep="\n")
+    print(ABOUT, f"{args}, commit {commit}, {os.cpu_count()} CPU cores, {time.strftime('%F')}", sep="\n")
     if not args.kl:
         draw(runs, "docs/learning_curves.png")
 

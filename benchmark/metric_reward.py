@@ -5,13 +5,11 @@ the references a fifth of the words is another one of three synonyms, a tenth is
 ends the sentence. A GPT-2 of 1M parameters learns 4,096 of them by maximum likelihood until its held-out loss and
 metrics stay put. Each script then goes on from it with ROUGE-L as the reward. Rows are printed when they are measured:
 ROUGE-L, and the metrics that were not the reward, of sampled and greedy responses to the held-out rows, with the gain
-over the model of maximum likelihood in standard errors of the mean difference per row. The base is reused if it is
-there.
+over the model of maximum likelihood in standard errors of the mean difference per row. A model that is there is reused.
 """
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,13 @@ import common
 import reinforce_lm
 
 import numpy as np
+import throughput
 import tokenizers
 import torch
 import transformers
 import tyro
 from sacrebleu import sentence_chrf
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "reinforce_lm": ["--learning-rate", "2e-4"],
     "ppo_lm": ["--learning-rate", "1e-4", "--critic-learning-rate", "5e-4", "--value-clip", "0.2"],
@@ -43,7 +41,6 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds of each script
     reward: str = "rouge"  # rouge or bleu
     epochs: int = 20  # of maximum likelihood; the reward takes over from the one with the best held-out loss
-    rows: int = 4096  # training rows
     total_episodes: int = 25_600  # responses of each run
 
 
@@ -137,18 +134,17 @@ def pretrain(folder, tokenizer, train, test, args):
 def train_on_metric(folder, script, seed, args):
     """Run a script from FOLDER/best with the metric as the reward; returns the folder of the trained model."""
     out = folder / f"{script}_{args.reward}_{seed}"
-    flags = f"--model {folder}/best --dataset {folder}/train.jsonl --eval-dataset {folder}/test.jsonl --eval-size 512"
-    flags += f" --reward {args.reward} --response-length 12 --batch-size 256 --total-episodes {args.total_episodes}"
-    flags += f" --eval-every 25 --save-every 0 --kl-ref-coef 0.01 --seed {seed} --output-dir {out}"
-    command = [sys.executable, ROOT / f"{script}.py", *flags.split(), *SCRIPTS[script]]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    flags = dict(model=folder / "best", dataset=folder / "train.jsonl", eval_dataset=folder / "test.jsonl", seed=seed)
+    flags |= dict(reward=args.reward, response_length=12, batch_size=256, total_episodes=args.total_episodes)
+    flags |= dict(eval_size=512, eval_every=25, kl_ref_coef=0.01, output_dir=out)
+    throughput.run_script(f"{script}.py", *SCRIPTS[script], **flags)
     return max(out.iterdir(), key=os.path.getmtime) / "model"
 
 
 def main(args):
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, train, test = make_tokenizer(), make_rows(args.rows, 1), make_rows(2048, 2)
+    tokenizer, train, test = make_tokenizer(), make_rows(4096, 1), make_rows(2048, 2)
     for name, rows in (("train", train), ("test", test)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not (folder / "best").exists():

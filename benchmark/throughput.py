@@ -1,17 +1,9 @@
-"""How fast rollouts, updates and scripts are, beside transformers and an older tree of this project.
+"""What the other scripts of this folder measure with: passes, rollouts and runs, each in a process of its own.
 
-    git worktree add ../older fad5699
-    python benchmark/throughput.py --baseline-tree ../older --model DIR
-
-All is measured in processes of its own, in turn, A B A B ..., `--rounds` times. A figure is the median of the rounds,
-with their range; a ratio is the median of their ratios of the first figure to the first row's. CPU seconds, of all
-threads, depend less than seconds on what else the machine does. Parts: `update`, forward and backward passes over 64
-responses, a third of whose columns is real; `scripts`, an iteration of each script on `sort`. Without --model weights
-are random.
+CPU seconds, of all threads, depend less than seconds on what else the machine does.
 """
 
 import atexit
-import functools
 import gc
 import json
 import os
@@ -20,45 +12,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the processes that are started, as in common.py
 ROOT = Path(__file__).resolve().parent.parent
-# What can be measured: "update", "rollout" or "generate", of a model in a folder, in a precision and on a device.
-CASE = dict(what="update", model="", dtype="float32", device="cpu", repeats=1)
-# Tokens, all random, of the longest. The shortest prompt has a quarter. Responses are "exponential", a third of the
-# columns is real; "linear", from an eighth to all; or "fixed", and so are prompts. samples: responses to a prompt.
-CASE |= dict(responses=64, samples=8, prompt_length=16, response_length=64, lengths="exponential")
-# Flags of the script, or of the GenerationConfig; operations per second of a product.
-CASE |= dict(flags={}, rate=0.0)
+# What can be measured: "update" or "rollout"; flags of the script; operations per second of a product.
+CASE = dict(what="update", model="", dtype="float32", device="cpu", repeats=1, flags={}, rate=1.0)
+# Tokens, all random, of the longest. The shortest prompt has a quarter; the lengths of responses are exponential, so
+# that a third of the columns is real. With `fixed` all have full length. samples: responses to a prompt.
+CASE |= dict(responses=64, samples=8, prompt_length=16, response_length=64, fixed=False)
 
 
-@dataclass
-class Args:
-    parts: tuple[str, ...] = ("update", "scripts")  # what to measure
-    baseline_tree: str = ""  # folder of another tree, commit fad5699 or later
-    model: str = ""  # update: folder of a model
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # update: precisions
-    rounds: int = 3  # times that everything is measured
-    updates: int = 30  # scripts: iterations that are timed, after five that are not
-
-
-def run_cases(tree, cases):
-    """Measure cases with the code of `tree`, in one process of its own; yields the results, again and again."""
-    command = [sys.executable, __file__, "case", str(tree), *map(json.dumps, cases)]
-    while True:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-        if process.returncode:
-            raise RuntimeError(f"exit code {process.returncode}")
+def run_case(tree, case):
+    """`measure` a case with the code of `tree`, in a process of its own."""
+    result = subprocess.run([sys.executable, __file__, str(tree), json.dumps(case)], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr.strip()[-300:])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def install(plain=SummaryWriter.add_scalar):
@@ -120,12 +96,12 @@ def peak_gib(device):
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
-def timed(call, device, repeats=1, warm_up=None):
-    """Medians of the seconds and CPU seconds of a call; and the seconds of `warm_up`, or a call, before the first."""
+def timed(call, device, repeats=1):
+    """Medians of the seconds and CPU seconds of a call; and the seconds of one before them."""
     times = []
-    for function in [warm_up or call] + [call] * repeats:
+    for _ in range(1 + repeats):
         start = time.perf_counter(), time.process_time()
-        function()
+        call()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
@@ -142,7 +118,7 @@ def random_model(folder, *shape):
     torch.manual_seed(1)
     config = Qwen2Config(**dict(zip(names.split(), shape)), max_position_embeddings=4096, tie_word_embeddings=True)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=[*range(0, shape[-1], 100)], pad_token_id=0)
     for part in (model, common.load_tokenizer("tiny", [{"prompt": "0123456789"}])):
         part.save_pretrained(folder)
@@ -153,9 +129,9 @@ def random_batch(case, vocab_size):
     """Rows with prompts (N), and a batch: sequences, their mask (B, P+R), and the response mask (B, R)."""
     generator = torch.Generator().manual_seed(1)
     starts = torch.randint(case.prompt_length * 3 // 4 + 1, (case.responses // case.samples, 1), generator=generator)
-    prompt_mask = torch.arange(case.prompt_length) >= starts * (case.lengths != "fixed")  # (N, P)
-    share = (torch.randperm(case.responses, generator=generator) + 0.5) / case.responses  # (B,)
-    share = {"fixed": share**0, "linear": 1 / 8 + 7 / 8 * share, "exponential": -0.35 * share.log()}[case.lengths]
+    prompt_mask = torch.arange(case.prompt_length) >= starts * (not case.fixed)  # (N, P)
+    rank = (torch.randperm(case.responses, generator=generator) + 0.5) / case.responses  # (B,)
+    share = torch.ones_like(rank) if case.fixed else -0.35 * rank.log()  # (B,)
     ends = (case.response_length * share).ceil().clamp(1, case.response_length)  # (B,)
     masks = prompt_mask, torch.arange(case.response_length) < ends[:, None]  # (N, P), (B, R)
     ids = [torch.randint(1, vocab_size, mask.shape, generator=generator).where(mask, 0) for mask in masks]
@@ -176,19 +152,18 @@ def measure(case):
     reset_peak(case.device)
     is_old = hasattr(common, "policy_logprobs")  # commit fad5699 and before
     flags = dict(model=case.model, dtype=case.dtype, device=case.device, samples_per_prompt=case.samples)
-    flags |= dict(response_length=case.response_length) | (case.flags if case.what != "generate" else {})
-    args = reinforce_lm.Args(**flags)
+    args = reinforce_lm.Args(response_length=case.response_length, **flags, **case.flags)
     *_, device, args = (*common.start_ranks(args.device), args) if is_old else common.start_ranks(args)
     ids = [0] * case.prompt_length
     policy = common.load_policy(args, None, [ids] if is_old else [{"input_ids": ids}]).to(device)
     rows, batch = random_batch(case, policy.config.vocab_size)
-    end_ids = [-1] if case.lengths == "fixed" else [*range(0, policy.config.vocab_size, 100)]
+    end_ids = [-1] if case.fixed else [*range(0, policy.config.vocab_size, 100)]
     found = SimpleNamespace(tokens=batch[2].sum().item())
 
-    def update(limit=None):
-        found.computed, indices = 0, torch.arange(case.responses, device=device)
+    def update():
+        indices = torch.arange(case.responses, device=device)
         groups = (indices, batch[2]) if is_old else (indices.view(-1, case.samples), batch[1])
-        for part in common.micro_batches_of(*groups, args)[:limit]:
+        for part in common.micro_batches_of(*groups, args):
             *inputs, mask = [tensor[part] for tensor in batch]
             module, masks = (common, []) if is_old else (reinforce_lm, [mask])
             logprobs, _ = module.policy_logprobs(policy, *inputs, *masks, args)
@@ -207,48 +182,24 @@ def measure(case):
             mask = common.sample(policy, tokenizer, end_ids, args, rows, **settings)[2]
         found.tokens = mask.sum().item()
 
-    @torch.no_grad()
-    def generate():
-        settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=case.response_length)
-        config = GenerationConfig(**settings, num_return_sequences=case.samples, pad_token_id=0, **case.flags)
-        prompts = torch.tensor([row["input_ids"] for row in rows], device=device)
-        policy.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-
-    def count(embedding, inputs):
-        found.computed += inputs[0].numel()
-
-    call, warm_up = {"update": update, "rollout": rollout, "generate": generate}[case.what], None
     if case.what == "update":
         policy = common.prepare(policy, device, args)
-        policy.get_input_embeddings().register_forward_pre_hook(count)
-        warm_up = (lambda: update(1)) if device.type == "cpu" else None
-    elif is_old or case.what == "generate":  # which sample with rounded weights
-        policy.to(getattr(torch, case.dtype)).generation_config.eos_token_id = None  # nothing ends one of `generate`
-    seconds, cpu_seconds, first = timed(call, device.type, case.repeats, warm_up)
+    elif is_old:  # which samples with rounded weights
+        policy.to(getattr(torch, case.dtype))
+    seconds, cpu_seconds, first = timed({"update": update, "rollout": rollout}[case.what], device.type, case.repeats)
     times = {"s": seconds, "first call, s": first} if device.type == "cuda" else {"CPU s": cpu_seconds, "s": seconds}
     figures = times | {"response tokens/s": found.tokens / seconds, "peak GiB": peak_gib(device.type)}
-    if case.what == "update":
+    if case.what == "update":  # six operations per parameter and token
         real = found.tokens + sum(len(row["input_ids"]) for row in rows)
-        figures |= {"real share of tokens": real / found.computed, "norm of the gradient": found.norm}
-    if case.rate:  # an update takes six operations per parameter and token
-        figures["of a product's rate"] = 6 * policy.num_parameters() * real / seconds / case.rate
+        rate = 6 * policy.num_parameters() * real / seconds / case.rate
+        figures |= {"of a product's rate": rate, "norm of the gradient": found.norm}
     return figures
 
 
-def spread(values):
-    """Median and range."""
-    middle, low, high = each([median(values), min(values), max(values)]).split(", ")
-    return f"{middle} ({low} to {high})" if low != high else middle
-
-
-def each(values):
-    """All values."""
-    return ", ".join(f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in values)
-
-
-def compare(title, calls, rounds=1, cell=spread):
+def compare(title, calls, rounds=1):
     """Call each of `calls`, {name: function -> {column: figure}}, in turn, `rounds` times, and print a table.
 
+    Cells hold the figures of all rounds; a ratio is the median of the ratios of the first figure to the first row's.
     Rows are printed when they are measured for the last time. What fails is a row, too.
     """
     results, first = {name: [] for name in calls}, None
@@ -265,52 +216,10 @@ def compare(title, calls, rounds=1, cell=spread):
                 first = key
                 print(f"\n{title}\n\n| | {' | '.join(columns)} | ratio |\n|{' --- |' * (len(columns) + 2)}")
             ratio = median(value / (other or float("nan")) for value, other in zip(key, first))
-            print(f"| {' | '.join([name, *map(cell, columns.values()), f'{ratio:.2f}'])} |", flush=True)
-
-
-def compare_cases(title, ours, baseline, tree, rounds=1, own_process=True):
-    """`compare` {name: case} of this tree and of the baseline, if there is one."""
-    results = run_cases(tree, baseline.values()), run_cases(ROOT, ours.values())
-    calls = {f"baseline, {name}": functools.partial(next, results[0]) for name in baseline if tree}
-    for name, case in ours.items():
-        calls[name] = functools.partial(next, results[1]) if own_process else functools.partial(measure, case)
-    compare(title, calls, rounds)
-
-
-def iteration(tree, script, skip, **flags):
-    """Medians of the iterations of a run, from end to end, but for the first `skip`."""
-    run = run_script(script, tree=tree, eval_every=0, **flags)
-    figures = {"CPU s": run.cpu_seconds} if flags["device"] == "cpu" else {}
-    figures |= {"s": run.seconds, "rollout, s": [*run.metrics["time/rollout_seconds"].values()]}
-    return {name: median(values[skip:]) for name, values in figures.items()} | {"peak GiB": run.gib}
-
-
-def part_update(args, folder):
-    model = args.model or random_model(folder, 192, 2, 6, 2, 512, 50_257)
-    for dtype in args.dtypes:
-        case = {"defaults": dict(model=model, dtype=dtype)}
-        compare_cases(f"update, {dtype}", case, case, args.baseline_tree, args.rounds)
-
-
-def part_scripts(args, folder):
-    flags = dict(skip=5, total_episodes=256 * (5 + args.updates), device="cpu")
-    for script in ("reinforce_lm.py", "ppo_lm.py", "trpo_lm.py"):
-        trees = ({"baseline": args.baseline_tree} if args.baseline_tree else {}) | {"this tree": ROOT}
-        calls = {name: functools.partial(iteration, tree, script, **flags) for name, tree in trees.items()}
-        compare(f"{script}, `sort`, 256 responses", calls, args.rounds)
-
-
-def main(args):
-    for part in args.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            globals()[f"part_{part}"](args, folder)
+            cells = [", ".join(f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in each) for each in columns.values()]
+            print(f"| {' | '.join([name, *cells, f'{ratio:.2f}'])} |", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["case"]:
-        sys.path.insert(0, sys.argv[2])
-        for text in sys.argv[3:]:
-            print(json.dumps(measure(json.loads(text))), flush=True)
-    else:
-        sys.path.insert(0, str(ROOT))
-        main(tyro.cli(Args, description=__doc__))
+    sys.path.insert(0, sys.argv[1])
+    print(json.dumps(measure(json.loads(sys.argv[2]))))
