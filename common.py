@@ -143,7 +143,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64 equal values have exactly their mean: Adam would make a full step of rounding error.
+    # In float64 the mean of equal values is exact: Adam would make rounding error a full step.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # of booleans, too
 
@@ -173,7 +173,7 @@ def means_over_ranks(sums, count):
 def sum_and_clip_gradients(network, max_grad_norm):
     """Sum gradients of all ranks, clip their norm in place, and return the norm before clipping."""
     parameters = trained_parameters(network).values()
-    for p in parameters:  # an expert without tokens has no gradient, but is in the sum
+    for p in parameters:  # an expert without tokens here has no gradient, but is in the sum
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     require(norm < torch.inf, "gradient", "a finite norm; try a lower learning rate", norm)
@@ -216,7 +216,7 @@ def load_tokenizer(model, rows):
 
 
 def load_policy(args, tokenizer, rows):
-    """The model of --model on the CPU in float32; the frozen base of adapters is in --dtype, but for TRPO.
+    """The model of --model on the CPU in float32; frozen weights of adapted layers in --dtype, but for TRPO.
 
     It stays in evaluation mode: with dropout the loss would score another policy than the sampler's.
     """
@@ -306,8 +306,8 @@ def position_ids(attention_mask):
 def micro_batches_of(groups, attention_mask, args):
     """Split rows into micro-batches of at most --micro-batch-tokens, or of one row: (prompts, k) -> a list of (b,).
 
-    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, and an eighth of it
-    for each response, as attention copies its keys and values.
+    groups: row indices of each prompt's k responses. A prompt counts once, as `pack` runs it once, plus an eighth of
+    it for each response, as attention copies its keys and values.
     """
     prompts, responses = [m.sum(1) for m in attention_mask.tensor_split([-args.response_length], 1)]  # (B,), tokens
     counts, total = [], torch.inf  # inf: the first row opens a micro-batch
@@ -353,7 +353,7 @@ def pack(sequences, attention_mask, response_length):
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]  # those of the row that runs the prompt
     positions, blocks, order = position_ids(attention_mask), [], []
-    # Attention alone is padded, in blocks: rows with up to 32 tokens in the packed row, 64 ..., with a prompt or not.
+    # Attention alone is padded: rows with up to 32, 64 ... packed tokens, with or without a prompt, are a block.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
     for kind in kinds.unique():
         rows = (kinds == kind).nonzero()[:, 0]
@@ -612,7 +612,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             continue
         used = mask if fixed_size else mask[:, : length + t + 1]  # causality hides later columns
         logits = forward(inputs, positions, used)
-        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain; rows may end
+        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain, and rows end
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # recorded, not run: replays write here
@@ -649,7 +649,7 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
 
 # ===== Reward: fn(prompts, responses, **columns) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
-    """Share of the reference's characters that are in place in the response; equal length is one more."""
+    """Share of the reference's characters in place in the response; equal length counts as one more."""
     pairs = [(response, str(t)) for response, t in zip(responses, reference)]
     return [(sum(a == b for a, b in zip(r, t)) + (len(r) == len(t))) / (len(t) + 1) for r, t in pairs]
 

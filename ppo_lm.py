@@ -20,21 +20,21 @@ positive advantage become more likely. Advantages come from generalized advantag
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
 After an end token V counts as 0. A response cut at the length limit has not ended: with --truncation terminal the
-limit counts as an end, which makes it part of the task; with bootstrap V of the state after the last token stands in
+limit counts as an end, which makes it part of the task; with bootstrap the value of the state after it stands in
 for the tokens that never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient step raises one of
 
     (6)  L = E_t[min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps_high) A_t)]               clipped surrogate
     (7)  L = E_t[ratio_t A_t - c (ratio_t - 1 - log ratio_t)]                              penalized surrogate
 
 (eq. 7 and 8 of the paper), to which --ent-coef adds E_t[entropy of pi(. | s_t)]. (6) removes the incentive to move a
-ratio beyond its clip range. (7) penalizes KL(pi_old || pi). Tokens are samples of pi_old, under which E[ratio] =
+ratio beyond its clip range. (7) penalizes KL(pi_old || pi). Tokens are samples from pi_old, under which E[ratio] =
 sum_a pi(a) = 1 whatever theta is, so that E[ratio - 1 - log ratio] = E[log pi_old - log pi]: the penalty has the value
 of that KL, and its gradient. After each batch c is adapted to the KL that the update caused (section 4 of the paper):
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
-The critic minimizes the squared error, with --value-clip the larger of it and the error of the clipped value, which is
-kept near V_old, from before the update:
+The critic minimizes the squared error, with --value-clip the larger of it and the error of the value when that is
+clipped to within eps_V of V_old, the value before the update:
 
     (9)  L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
 
@@ -44,10 +44,10 @@ learned nothing, would move the policy, and the weight between the two losses wo
 
 Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped values (9),
 an optional stop by --target-kl, in (7) a sampled KL in place of the exact one; in bfloat16, where passes that sample
-round otherwise than those that train, --sampler-clip C: A_t times the importance weight min(pi_old / pi_sampler, C).
+round otherwise than those that train, --sampler-clip C multiplies A_t by the weight min(pi_old / pi_sampler, C).
 Departures from reinforce_lm.py: a critic; several steps per batch, before which log pi_old is computed; and, as most
-code does, E_t divides by the number of tokens, where that script divides by the number of responses, and GAE drops the
-factor gamma^(t-1) that it keeps. Departure from trpo_lm.py: the trust region is a clip or a penalty, not a constraint.
+code does, E_t divides by the number of tokens, where that script divides by the number of responses and keeps the
+factor gamma^(t-1), which GAE drops. Departure from trpo_lm.py: a clip or a penalty in place of the constraint.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary.
 common.py begins with a drawing of how prompts, responses, masks, logits and values align.
@@ -316,7 +316,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None  # or a copy, which shares the base of adapters, not the adapters
+    reference = None  # or a copy, which shares frozen weights, not adapters
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
@@ -402,8 +402,8 @@ def main(args, checkpoint=None):
         rollout_seconds = time.time() - iteration_start
 
         # ===== Log-probabilities (algorithm) =====
-        # log pi_old comes from the loss's own function and the micro-batches of the update's first epoch, so that
-        # the first ratio is 1, on a CPU exactly: in bfloat16 a row's rounding error depends on the rows around it.
+        # log pi_old comes from the loss's own function, on the micro-batches of the first epoch, since in bfloat16 a
+        # row's rounding error depends on the rows around it. So the first ratio is 1, exactly on a CPU.
         keys = [(args.seed, iteration, rank, epoch) for epoch in range(args.update_epochs)]
         epochs = [common.shuffled_minibatches(attention_mask, args, *key) for key in keys]
         micro_batches = [indices for minibatch in epochs[0] for indices in minibatch]

@@ -19,7 +19,7 @@ with a positive advantage become more likely. Generalized advantage estimation (
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
 After an end token V counts as 0. A response cut at the length limit has not ended: with --truncation terminal the
-limit counts as an end, which makes it part of the task; with bootstrap V of the state after the last token stands in.
+limit counts as an end, which makes it part of the task; with bootstrap the value of the state after it stands in.
 
 TRPO (Schulman et al. 2015) takes one step per batch, as far as a trust region around the old policy allows. With
 ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t) and E_t the mean over all response tokens of the batch, on all ranks,
@@ -50,11 +50,11 @@ trunk its gradient would move the policy out of the trust region.
 Departures from the paper: damping relative to the curvature along g, so that one value serves models of all sizes; a
 fraction of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
 delta that falls to 0 over the run, since steps of a fixed size would never settle; and in bfloat16, where passes that
-sample round otherwise, --sampler-clip C: A_t times the importance weight min(pi_old / pi_sampler, C).
+sample round otherwise, --sampler-clip C multiplies A_t by the weight min(pi_old / pi_sampler, C).
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
 per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 (TF32 on a GPU) whatever
 --dtype says, since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of
-tokens, where reinforce_lm.py divides by the number of responses, and GAE leaves out the gamma^(t-1) that it keeps.
+tokens, where reinforce_lm.py divides by the number of responses and keeps the gamma^(t-1) that GAE drops.
 
 Shapes: B responses of a batch on this rank (b of a micro-batch), P prompt length, R response length, V vocabulary,
 D number of trained parameters. common.py begins with a drawing of how prompts, responses and values align.
@@ -472,7 +472,7 @@ def main(args, checkpoint=None):
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     end_ids = sorted(end_ids - {None})
     common.require(end_ids, "--model", "an end token in the tokenizer or the generation config", None)
-    reference = None  # or a copy, which shares the base of adapters, not the adapters
+    reference = None  # or a copy, which shares frozen weights, not adapters
     if args.kl_ref_coef:
         reference = common.prepare(common.copy_network(policy).requires_grad_(False), device, args)
 
