@@ -666,7 +666,7 @@ def main(args, checkpoint=None):
         metrics["loss/value"] = sum(losses) / len(losses)
 
         # ===== [5/5] Log, evaluate, save (shared by all three scripts) =====
-        episode, seconds = iteration * args.batch_size, time.time() - iteration_start
+        done, episode, seconds = iteration, iteration * args.batch_size, time.time() - iteration_start
         tokens_per_second = metrics["objective/response_length"] * args.batch_size / seconds
         metrics |= {"time/rollout_seconds": rollout_seconds, "time/iteration_seconds": seconds}
         metrics |= {"time/tokens_per_second": tokens_per_second}
@@ -691,8 +691,7 @@ def main(args, checkpoint=None):
         writer.close()
         summary = {f"{name}_before".replace("/", "_"): value for name, value in state.before.items() if num_iterations}
         summary |= {name.replace("/", "_"): value for name, value in state.after.items()}
-        episodes = max(num_iterations, done) * args.batch_size
-        summary |= {"episodes": episodes, "seconds": time.time() - start_time, "run_dir": run_dir}
+        summary |= {"episodes": done * args.batch_size, "seconds": time.time() - start_time, "run_dir": run_dir}
         Path(run_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if num_iterations:
             common.save_model(policy, tokenizer, args, run_dir)

@@ -265,9 +265,8 @@ def recipes():
 RECIPES = recipes()
 
 
-@pytest.mark.parametrize("number", range(7))
-def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
-    assert len(RECIPES) == 7
+def run_changed(number, reward, tmp_path, monkeypatch, *flags):
+    """Run a script after a recipe: -> run directory."""
     text, changes = RECIPES[number]
     script = (re.findall(r"`(\w+)\.py`", text) or ["ppo_lm"])[-1]
     source = SOURCES[script]
@@ -278,14 +277,27 @@ def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "changed", raising=False)
     changed = importlib.import_module("changed")
-    sizes = ["--total-episodes", 96, "--batch-size", 32, "--eval-size", 4, "--eval-every", 1, "--save-every", 0]
-    code = (
-        "def fn(prompts, responses, calls=[], **_):\n    calls.append(1.0)\n    return [sum(calls)] * len(responses)\n"
-    )
-    reward = reward_file(tmp_path, code) if "best" in text else "match"  # each evaluation is better
-    run_main(changed, *sizes, "--reward", reward, "--device", "cpu", "--output-dir", tmp_path / "runs")
+    sizes = ["--batch-size", 32, "--eval-size", 4, "--eval-every", 1, "--reward", reward, *flags]
+    run_main(changed, *sizes, "--device", "cpu", "--output-dir", tmp_path / "runs")
     (run_dir,) = tmp_path.glob("runs/*")
-    assert (run_dir / "best/model").is_dir() == ("best" in text)
+    return run_dir
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
+    run_changed(number, "match", tmp_path, monkeypatch, "--total-episodes", 96, "--save-every", 0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_best_model_is_saved_and_training_ends_when_evaluations_get_no_better(sign, tmp_path, monkeypatch):
+    assert len(RECIPES) == 8 and "best" in RECIPES[7][0]
+    code = "def fn(prompts, responses, calls=[], **_):\n    calls.append(SIGN)\n    return [sum(calls)] * len(responses)\n"
+    reward = reward_file(tmp_path, code.replace("SIGN", str(float(sign))))  # rises or falls with each call
+    run_dir = run_changed(7, reward, tmp_path, monkeypatch, "--total-episodes", 160)
+    assert (run_dir / "best/model").is_dir() == (sign == 1)
+    iterations = 5 if sign == 1 else 3
+    assert json.loads((run_dir / "summary.json").read_text())["episodes"] == 32 * iterations
+    assert [path.name for path in run_dir.glob("*.pt")] == [f"checkpoint_{iterations:08d}.pt"]
 
 
 def changed_function(name, number):
@@ -301,7 +313,7 @@ def changed_function(name, number):
 
 def test_the_dual_clip_bounds_what_a_bad_token_can_do():
     ratio, advantages = torch.tensor([0.5, 10.0, 10.0, 2.0]), torch.tensor([-1.0, -1.0, 1.0, -1.0])
-    surrogate = changed_function("clipped_surrogate", 4)(ratio, advantages, 0.2, 0.2)
+    surrogate = changed_function("clipped_surrogate", 5)(ratio, advantages, 0.2, 0.2)
     torch.testing.assert_close(surrogate, torch.tensor([-0.8, -3.0, 1.2, -2.0]))
 
 
