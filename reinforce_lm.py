@@ -32,10 +32,10 @@ is random, it would be the gradient of something else. With G_i1 the return of t
     (11)  leave_one_out  b_i = mean of G_j1 over the other responses j to i's prompt (Kool et al. 2019)
     (12)  greedy         b_i = score of the greedy response to i's prompt (self-critical training, Rennie et al. 2017)
 
-For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients takes
-the place of plain gradient ascent; advantages may be divided by their standard deviation over the batch, which changes
-the norm of g but not its direction; and in bfloat16, where passes that sample round otherwise than those that train,
---sampler-clip C multiplies A by the truncated importance weight min(pi / pi_sampler, C). Departures from ppo_lm.py and
+For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients
+replaces plain gradient ascent; advantages may be divided by their standard deviation over the batch, which changes
+the norm of g, not its direction; and in bfloat16, where passes that sample round otherwise than those that train,
+--sampler-clip C multiplies A by the importance weight min(pi / pi_sampler, C). Departures from ppo_lm.py and
 trpo_lm.py: one gradient step per batch, no critic, and gamma^(t-1) stays in (4), where most code drops it.
 
 Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,

@@ -291,7 +291,9 @@ def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_best_model_is_saved_and_training_ends_when_evaluations_get_no_better(sign, tmp_path, monkeypatch):
     assert len(RECIPES) == 8 and "best" in RECIPES[7][0]
-    code = "def fn(prompts, responses, calls=[], **_):\n    calls.append(SIGN)\n    return [sum(calls)] * len(responses)\n"
+    code = (
+        "def fn(prompts, responses, calls=[], **_):\n    calls.append(SIGN)\n    return [sum(calls)] * len(prompts)\n"
+    )
     reward = reward_file(tmp_path, code.replace("SIGN", str(float(sign))))  # rises or falls with each call
     run_dir = run_changed(7, reward, tmp_path, monkeypatch, "--total-episodes", 160)
     assert (run_dir / "best/model").is_dir() == (sign == 1)
