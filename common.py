@@ -143,7 +143,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64 the mean of equal values is exact: Adam would make rounding error a full step.
+    # In float64 the mean of equal values is exact. Of rounding error Adam would make a full step.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # of booleans, too
 
@@ -612,7 +612,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             continue
         used = mask if fixed_size else mask[:, : length + t + 1]  # causality hides later columns
         logits = forward(inputs, positions, used)
-        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain, and rows end
+        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain; rows may end
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # recorded, not run: replays write here

@@ -20,8 +20,8 @@ positive advantage become more likely. Advantages come from generalized advantag
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
 After an end token V counts as 0. A response cut at the length limit has not ended: with --truncation terminal the
-limit counts as an end, which makes it part of the task; with bootstrap the value of the state after it stands in
-for the tokens that never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient step raises one of
+limit counts as an end, which makes it part of the task; with bootstrap V(s_{T+1}) stands in for the tokens that
+never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient step raises one of
 
     (6)  L = E_t[min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps_high) A_t)]               clipped surrogate
     (7)  L = E_t[ratio_t A_t - c (ratio_t - 1 - log ratio_t)]                              penalized surrogate

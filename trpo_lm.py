@@ -19,7 +19,7 @@ with a positive advantage become more likely. Generalized advantage estimation (
     (5)  R_t     = A_t + V(s_t)                                                            what the critic is fitted to
 
 After an end token V counts as 0. A response cut at the length limit has not ended: with --truncation terminal the
-limit counts as an end, which makes it part of the task; with bootstrap the value of the state after it stands in.
+limit counts as an end, which makes it part of the task; with bootstrap V(s_{T+1}) stands in.
 
 TRPO (Schulman et al. 2015) takes one step per batch, as far as a trust region around the old policy allows. With
 ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t) and E_t the mean over all response tokens of the batch, on all ranks,
