@@ -20,7 +20,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the processes that are started, as in common.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of the processes that are started, as in common.py
 ROOT = Path(__file__).resolve().parent.parent
 # What can be measured: "update" or "rollout"; flags of the script; operations per second of a product.
 CASE = dict(what="update", model="", dtype="float32", device="cpu", repeats=1, flags={}, rate=1.0)
