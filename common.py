@@ -364,7 +364,7 @@ def pack(sequences, attention_mask, response_length):
         bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, -torch.inf)
         blocks.append((place[:, queries], place[:, keys], distances[:, None], bias[:, None]))
         order.append(place.where(run, -1)[:, queries].flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first and is dropped
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}
@@ -536,9 +536,9 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     facts = {"ended": [row[-1] in end_ids for row in tokens], "num_tokens": lengths}
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
     # Decoded alone, a response may lose its first space; decoded with it, a prompt may change.
-    prompts = [row["input_ids"] for row in rows for _ in range(samples_per_prompt)]
-    starts, wholes = decode(prompts), decode([[*prompt, *row] for prompt, row in zip(prompts, tokens)])
-    triples = zip(starts, wholes, tokens)
+    prompts, k = [row["input_ids"] for row in rows], samples_per_prompt
+    starts, wholes = decode(prompts), decode([prompts[i // k] + row for i, row in enumerate(tokens)])
+    triples = zip((starts[i // k] for i in range(len(tokens))), wholes, tokens)
     texts = [whole.removeprefix(p) if whole.startswith(p) else decode([row])[0] for p, whole, row in triples]
     return sequences, attention_mask, response_mask, logprobs, texts, facts
 
@@ -562,7 +562,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     """
     device, on_cuda = prompts.device, prompts.device.type == "cuda"
     cache, graph = DynamicCache(config=model.config), None
-    # Sliding windows count positions outside of tensors, where no graph sees them move.
+    # Sliding windows count positions outside tensors, where no graph sees them move.
     fixed_size = on_cuda and args.cuda_graph and {*map(type, cache.layers)} == {DynamicLayer}
     if fixed_size:
         cache = Cache([FixedLayer(prompts.shape[1] + args.response_length) for _ in cache.layers])
@@ -736,7 +736,7 @@ def load_reward(args, device, rows):
 
 
 def score_responses(reward_fn, args, part_names, rows, responses, facts):
-    """Call the reward function and check what it returns: scores, or scores and parts.
+    """Call the reward function and check what it returns: scores, and parts if any.
 
     Args:
         part_names: the names that parts have to have, or None for any.

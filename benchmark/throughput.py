@@ -20,7 +20,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of the processes that are started, as in common.py
 ROOT = Path(__file__).resolve().parent.parent
 # What can be measured: "update" or "rollout"; flags of the script; operations per second of a product.
 CASE = dict(what="update", model="", dtype="float32", device="cpu", repeats=1, flags={}, rate=1.0)
@@ -48,7 +47,7 @@ def install(plain=SummaryWriter.add_scalar):
     atexit.register(lambda: print("peak", peak_gib("cuda" if torch.cuda.is_initialized() else "cpu")))
 
 
-START = "import runpy, sys; _, folder, module, *sys.argv = sys.argv; sys.path.append(folder)\n"
+START = "import common, runpy, sys; _, folder, module, *sys.argv = sys.argv; sys.path.append(folder)\n"
 START += "__import__(module).install(); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
@@ -62,7 +61,8 @@ def run_script(script, *more, tree=ROOT, module="throughput", **flags):
         command = [sys.executable, "-c", START, str(ROOT / "benchmark"), module, script]
         flags = {"output_dir": folder, "save_every": 0} | flags
         command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        result = subprocess.run([*command, *more], cwd=tree, capture_output=True, text=True)
+        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}  # each common.py sets its own
+        result = subprocess.run([*command, *more], cwd=tree, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{script}: {result.stderr.strip()[-300:]}")
     metrics, updates, mark = {}, [], None

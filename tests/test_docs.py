@@ -285,7 +285,8 @@ def run_changed(number, reward, tmp_path, monkeypatch, *flags):
 
 @pytest.mark.parametrize("number", range(7))
 def test_the_changes_to_copy_apply_and_run(number, tmp_path, monkeypatch):
-    run_changed(number, "match", tmp_path, monkeypatch, "--total-episodes", 96, "--save-every", 0)
+    run_dir = run_changed(number, "match", tmp_path, monkeypatch, "--total-episodes", 96, "--save-every", 0)
+    assert not (run_dir / "best").exists()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
