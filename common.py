@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
 # Threads that spin while waiting slow two programs on one machine tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "2500")  # read when torch is imported
 
 import numpy as np
 import tokenizers
@@ -352,20 +352,20 @@ def pack(sequences, attention_mask, response_length):
     is_packed[:, :length] &= is_new[:, None]
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]  # those of the row that runs the prompt
-    positions, blocks, order = position_ids(attention_mask), [], []
+    blocks, order = [], []
     # Attention alone is padded: rows with up to 32, 64 ... packed tokens, with or without a prompt, are a block.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
-    for kind in kinds.unique():
+    for kind in kinds[is_packed.any(1)].unique():
         rows = (kinds == kind).nonzero()[:, 0]
-        mask, run, place, position = [x[rows] for x in (attention_mask, is_packed, places, positions)]
+        mask, run, place = [x[rows] for x in (attention_mask, is_packed, places)]
         queries, keys = [x.any(0).nonzero()[:, 0] for x in (run, mask)]  # (q,), (l,), columns
-        distances = position[:, queries, None] - position[:, None, keys]  # (rows, q, l)
-        is_hidden = (distances < 0) | ~mask[:, None, keys]
-        bias = torch.zeros(distances.shape, device=mask.device).masked_fill(is_hidden, -torch.inf)
-        blocks.append((place[:, queries], place[:, keys], distances[:, None], bias[:, None]))
+        distances = queries[:, None] - keys  # (q, l)
+        is_hidden = (distances < 0) | ~mask[:, None, None, keys]  # (rows, 1, q, l)
+        bias = torch.where(is_hidden, -1e30, 0.0)  # -inf: NaN in queries of padding
+        blocks.append((place[:, queries], place[:, keys], distances, bias))
         order.append(place.where(run, -1)[:, queries].flatten())
     order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first
-    inputs = {"input_ids": sequences[is_packed][None], "position_ids": positions[is_packed][None]}  # (1, T) each
+    inputs = {"input_ids": sequences[is_packed][None], "position_ids": position_ids(attention_mask)[is_packed][None]}
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}
     return inputs | {"use_cache": False}, places
@@ -391,12 +391,11 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
         return tensor[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
     (blocks, order), outputs = packed, []
-    for places, key_places, distances, bias in blocks:  # (rows, q), (rows, l), (rows, 1, q, l), (rows, 1, q, l)
+    for places, key_places, distances, bias in blocks:  # (rows, q), (rows, l), (q, l), (rows, 1, q, l)
         if sliding_window:
-            bias = bias.masked_fill(distances >= sliding_window, -torch.inf)
+            bias = bias.masked_fill(distances >= sliding_window, -1e30)
         inputs = take(query, places), take(key, key_places), take(value, key_places), bias.to(query.dtype)
-        output, _ = attend(module, *inputs, **settings)
-        outputs.append(output.flatten(0, 1))  # (rows q, heads, d)
+        outputs.append(attend(module, *inputs, **settings)[0].flatten(0, 1))  # (rows q, heads, d)
     return torch.cat(outputs).index_select(0, order)[None], None
 
 
@@ -412,8 +411,9 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
 
     (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} in place of the model's own, for TRPO.
     """
-    inputs, places = pack(sequences, attention_mask, args.response_length)
-    inputs["logits_to_keep"] = places[:, -args.response_length - 1 : -1][response_mask]  # (n,), the tokens before
+    is_run = attention_mask[:, :-1] & attention_mask[:, 1:]  # (b, P+R-1): last tokens predict none
+    inputs, places = pack(sequences[:, :-1], is_run, args.response_length - 1)
+    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), the tokens before
     with autocast(sequences.device, args):
         return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
 
@@ -588,9 +588,9 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         step_logprobs = (logits / args.temperature).log_softmax(-1)  # (a, V)
         if greedy:
             tokens = step_logprobs.argmax(-1, keepdim=True)  # (a, 1)
-        else:  # exponential race (Gumbel-max trick): argmax p_i / q_i is i with probability p_i
-            noise = torch.empty_like(step_logprobs).exponential_(generator=generator)  # (a, V)
-            tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (a, 1)
+        else:  # exponential race (Gumbel-max trick): q = -log u; argmax -q_i / p_i is i with probability p_i
+            noise = torch.empty_like(step_logprobs).uniform_(generator=generator).log_()  # (a, V), -q
+            tokens = (noise / step_logprobs.exp()).argmax(-1, keepdim=True)  # (a, 1)
         responses[active, t] = tokens[:, 0]
         logprobs[active, t] = step_logprobs.gather(1, tokens)[:, 0]
         ended |= (tokens == end_tensor).any(1)  # `isin` may sort, and wait for the GPU

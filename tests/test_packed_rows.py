@@ -97,7 +97,7 @@ def test_log_probabilities_values_and_gradients_are_those_of_padded_passes(kind,
     sequences, mask = make_batch(*ROWS[rows], length, zero_in_front=rows == "a 0 in front")
     response_mask = mask[:, -length:]
     weights = torch.randn(3, len(mask), length, dtype=model.dtype)
-    found, seen = [], tokens_of(model)
+    found, seen, of_critic = [], tokens_of(model), tokens_of(critic.backbone)
     for is_plain in (False, True):
         if is_plain:
             _, *parts, values = plain_statistics(model, critic, sequences, mask, response_mask, 0.7)
@@ -113,7 +113,8 @@ def test_log_probabilities_values_and_gradients_are_those_of_padded_passes(kind,
     assert_equal(*found, tolerance=1e-12 if kind == "gpt2" else 2e-5)
     lengths, order = ROWS[rows]
     prompts = sum(lengths[row] for i, row in enumerate(order) if i == 0 or row != order[i - 1])
-    assert seen == [prompts + response_mask.sum(), mask.numel()], "real tokens, of a prompt for its rows together once"
+    real = prompts + response_mask.sum()  # of a prompt for its rows together once
+    assert of_critic == [real, mask.numel()] and seen == [real - len(mask), mask.numel()], "not of responses the last"
 
 
 LONG = dict(gpt2=dict(n_positions=300), gemma2=dict(max_position_embeddings=300, sliding_window=70))
@@ -256,7 +257,7 @@ def test_micro_batches_are_as_full_as_they_may_be(k, budget):
 
     for rows, following in zip(micro_batches, [*micro_batches[1:], None]):
         ppo_lm.policy_logprobs(model, *[tensor[rows] for tensor in (sequences, mask, mask[:, -9:])], args)
-        assert seen.pop() == tokens(rows.tolist()) and (cost(rows.tolist()) <= budget or len(rows) == 1)
+        assert seen.pop() == tokens(rows.tolist()) - len(rows) and (cost(rows.tolist()) <= budget or len(rows) == 1)
         assert following is None or cost([*rows.tolist(), following[0].item()]) > budget, "no room for one more row"
 
 
