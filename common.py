@@ -359,9 +359,9 @@ def pack(sequences, attention_mask, response_length):
         rows = (kinds == kind).nonzero()[:, 0]
         mask, run, place = [x[rows] for x in (attention_mask, is_packed, places)]
         queries, keys = [x.any(0).nonzero()[:, 0] for x in (run, mask)]  # (q,), (l,), columns
-        distances = queries[:, None] - keys  # (q, l)
+        distances = queries[:, None] - keys  # (q, l): real tokens have no gaps
         is_hidden = (distances < 0) | ~mask[:, None, None, keys]  # (rows, 1, q, l)
-        bias = torch.where(is_hidden, -1e30, 0.0)  # -inf: NaN in queries of padding
+        bias = torch.where(is_hidden, -1e30, 0.0)  # -inf makes padding NaN
         blocks.append((place[:, queries], place[:, keys], distances, bias))
         order.append(place.where(run, -1)[:, queries].flatten())
     order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first
@@ -588,9 +588,9 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         step_logprobs = (logits / args.temperature).log_softmax(-1)  # (a, V)
         if greedy:
             tokens = step_logprobs.argmax(-1, keepdim=True)  # (a, 1)
-        else:  # exponential race (Gumbel-max trick): q = -log u; argmax -q_i / p_i is i with probability p_i
-            noise = torch.empty_like(step_logprobs).uniform_(generator=generator).log_()  # (a, V), -q
-            tokens = (noise / step_logprobs.exp()).argmax(-1, keepdim=True)  # (a, 1)
+        else:  # exponential race (Gumbel-max trick): argmax p_i / q_i is i with probability p_i
+            noise = torch.empty_like(step_logprobs).exponential_(generator=generator)  # (a, V)
+            tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (a, 1)
         responses[active, t] = tokens[:, 0]
         logprobs[active, t] = step_logprobs.gather(1, tokens)[:, 0]
         ended |= (tokens == end_tensor).any(1)  # `isin` may sort, and wait for the GPU

@@ -143,7 +143,7 @@ def random_batch(case, vocab_size):
 def measure(case):
     """Measure a case in this process, with the tree that is first on the path: {column of a table: figure}.
 
-    Tokens are real that are no padding, prompts once each. The norm of the gradient should be that of other trees.
+    Of a product's rate: prompts count once, of responses all but the last token. Norms should not depend on the tree.
     """
     import common
     import reinforce_lm
@@ -190,7 +190,7 @@ def measure(case):
     times = {"s": seconds, "first call, s": first} if device.type == "cuda" else {"CPU s": cpu_seconds, "s": seconds}
     figures = times | {"response tokens/s": found.tokens / seconds, "peak GiB": peak_gib(device.type)}
     if case.what == "update":  # six operations per parameter and token
-        real = found.tokens + sum(len(row["input_ids"]) for row in rows)
+        real = found.tokens - case.responses + sum(len(row["input_ids"]) for row in rows)
         rate = 6 * policy.num_parameters() * real / seconds / case.rate
         figures |= {"of a product's rate": rate, "norm of the gradient": found.norm}
     return figures

@@ -143,6 +143,16 @@ def test_a_cache_of_fixed_size_takes_float32_keys_beside_bfloat16_values(kind, c
     assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_draws_what_multinomial_draws(dtype, model_folder):
+    model, prompt = load_policy(model_folder("llama"), None, 8), torch.tensor([[1, 2, 3]])
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        generator = torch.Generator().manual_seed(7)
+        responses, *_ = rollout(model, prompt, prompt.bool(), 1, [], samples_per_prompt=500, generator=generator)
+        p = model(prompt).logits[0, -1].log_softmax(-1).exp().expand(500, -1)
+    assert torch.equal(responses, p.multinomial(1, generator=torch.Generator().manual_seed(7)))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_activation_checkpointing_changes_nothing_but_memory(script, tmp_path, model_folder):
     folder = model_folder("llama", pad_token_id=0, tie_word_embeddings=True)

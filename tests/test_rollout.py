@@ -113,7 +113,7 @@ def test_noise_and_distribution_are_float32_where_passes_are_bfloat16(model_fold
     generator = common.make_generator("cpu", 1)
     for t, step in enumerate(logits[:5]):
         log_pi = (step.double().repeat_interleave(256 // len(step), 0) / 0.7).log_softmax(-1)  # (256, V)
-        noise = -torch.rand(256, 11, generator=generator).log()
+        noise = torch.empty(256, 11, dtype=torch.float32).exponential_(generator=generator)
         assert torch.equal(tokens[:, t], (log_pi.exp() / noise).argmax(-1))
         expected = log_pi.gather(1, tokens[:, t, None])[:, 0]
         torch.testing.assert_close(logprobs[:, t].double(), expected, rtol=1e-5, atol=1e-6)

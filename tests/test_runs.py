@@ -472,7 +472,7 @@ def test_a_nearly_deterministic_policy_is_trained_by_trpo(tmp_path, capsys):
 
 def test_it_learns(tmp_path):
     """The task `sort`, by the script that is quickest; test_optimum.py is harder, and for all three."""
-    flags = ["--total-episodes", 256 * 35, "--eval-every", 0, "--save-every", 0, "--eval-size", 100]
+    flags = ["--total-episodes", 256 * 25, "--eval-every", 0, "--save-every", 0, "--eval-size", 100]
     logged = scalars(run_in(tmp_path, reinforce_lm, *flags))
     before, after = logged["eval/score"][0][1], logged["eval/score"][-1][1]
     assert before < 0.4 and after > before + 0.1
