@@ -364,7 +364,7 @@ def pack(sequences, attention_mask, response_length):
         bias = torch.where(is_hidden, -1e30, 0.0)  # -inf makes padding NaN
         blocks.append((place[:, queries], place[:, keys], distances, bias))
         order.append(place.where(run, -1)[:, queries].flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, first
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": position_ids(attention_mask)[is_packed][None]}
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}
@@ -413,7 +413,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args, param
     """
     is_run = attention_mask[:, :-1] & attention_mask[:, 1:]  # (b, P+R-1): last tokens predict none
     inputs, places = pack(sequences[:, :-1], is_run, args.response_length - 1)
-    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), the tokens before
+    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), tokens before
     with autocast(sequences.device, args):
         return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
 
@@ -515,7 +515,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     and relax `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
-        response_mask: (N k, R), True for sampled tokens, the end token included; the score goes to the last.
+        response_mask: (N k, R), True for one or more sampled tokens, the end token too; the score goes to the last.
         logprobs: (N k, R), log-probabilities under the distribution that was sampled, 0 outside the mask.
         texts: N k, what the responses add to their prompts. For the reward alone: they may encode to other tokens.
         facts: lists of N k, `ended` (False if cut at the length limit) and `num_tokens`.
