@@ -46,6 +46,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds
     updates: int = 20  # updates of a run
     batch_size: int = 32  # responses per update, 4 to a prompt
+    rows_per_pass: int = 16  # of them that TRL runs at once; reinforce_lm.py has its own default
     response_length: int = 24  # longest response, in tokens
     kl_ref_coef: float = 0.05  # weight of the KL penalty to the reference
 
@@ -75,9 +76,8 @@ def train_trl(name, flags, args):
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         return score_responses([dict(zip(columns, row)) for row in values], texts, {})[0].tolist()
 
-    # As close to reinforce_lm.py as the trainers allow. Their own defaults are bfloat16, gradient checkpointing and a
-    # learning rate of 1e-6. Each update generates a batch that only it uses.
-    passes = max(1, args.batch_size // 16)
+    # As close to reinforce_lm.py as the trainers allow. Each update generates a batch that only it uses.
+    passes = max(1, args.batch_size // args.rows_per_pass)
     settings = dict(per_device_train_batch_size=args.batch_size // passes, gradient_accumulation_steps=passes)
     settings |= dict(steps_per_generation=passes, num_generations=4, num_iterations=1, beta=args.kl_ref_coef)
     settings |= dict(max_completion_length=args.response_length, temperature=1.0, top_k=0, top_p=1.0)
