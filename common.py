@@ -364,7 +364,7 @@ def pack(sequences, attention_mask, response_length):
         bias = torch.where(is_hidden, -1e30, 0.0)  # -inf makes padding NaN
         blocks.append((place[:, queries], place[:, keys], distances, bias))
         order.append(place.where(run, -1)[:, queries].flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, first
+    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": position_ids(attention_mask)[is_packed][None]}
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}

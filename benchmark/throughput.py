@@ -143,7 +143,7 @@ def random_batch(case, vocab_size):
 def measure(case):
     """Measure a case in this process, with the tree that is first on the path: {column of a table: figure}.
 
-    Of a product's rate: prompts count once, of responses all but the last token. Norms should not depend on the tree.
+    "Of a product's rate" counts prompts once, responses without their last token. Norms should be those of other trees.
     """
     import common
     import reinforce_lm
