@@ -406,16 +406,16 @@ def autocast(device, args):
     return torch.autocast(device.type, torch.bfloat16, **settings)
 
 
-def response_logits(model, sequences, attention_mask, response_mask, args, parameters=None):
+def response_logits(model, sequences, attention_mask, response_mask, args):
     """Logits, at temperature 1, that predict the n tokens of the response mask, row after row, and no others.
 
-    (b, P+R), (b, P+R), (b, R) -> (n, V). parameters: {name: tensor} in place of the model's own, for TRPO.
+    (b, P+R), (b, P+R), (b, R) -> (n, V). model: a network, or a function with the same keyword arguments.
     """
     is_run = attention_mask[:, :-1] & attention_mask[:, 1:]  # (b, P+R-1): last tokens predict none
     inputs, places = pack(sequences[:, :-1], is_run, args.response_length - 1)
     inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), tokens before
     with autocast(sequences.device, args):
-        return torch.func.functional_call(model, parameters or {}, kwargs=inputs).logits[0]
+        return model(**inputs).logits[0]
 
 
 @torch.no_grad()

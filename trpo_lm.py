@@ -315,6 +315,11 @@ def unflatten(vector, policy):
     return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces)}
 
 
+def with_parameters(policy, parameters):
+    """The policy as a function, with the parameters {name: tensor} in place of its own."""
+    return lambda **inputs: torch.func.functional_call(policy, parameters, kwargs=inputs)
+
+
 def take_gradient(policy, out=None):
     """The gradient of all backward passes and ranks as one (D,) vector, in `out` if given; gradients are reset."""
     parameters = common.trained_parameters(policy).values()  # an expert that got no token has no gradient
@@ -353,8 +358,8 @@ def jacobian_vector_product(policy, vector, inputs, args):
     with forward_ad.dual_level(), plain_attention():
         tangents = unflatten(vector, policy).items()
         duals = {name: forward_ad.make_dual(parameters[name].detach(), tangent) for name, tangent in tangents}
-        logits = common.response_logits(policy, *inputs, args, duals)
-        return forward_ad.unpack_dual(logits / args.temperature)
+        logits = common.response_logits(with_parameters(policy, duals), *inputs, args)
+        return [part / args.temperature for part in forward_ad.unpack_dual(logits)]  # division of duals is slow
 
 
 def fisher_vector_product(vector, policy, batch, micro_batches, args, out=None):
@@ -427,11 +432,12 @@ def surrogate_gain_and_kl(policy, theta, batch, micro_batches, advantages, num_t
 
     Logits of the old policy are computed again rather than kept: (B, R, V) is more than many machines hold.
     """
-    sums, old_parameters = torch.zeros(2, dtype=torch.float64, device=theta.device), unflatten(theta, policy)
+    sums = torch.zeros(2, dtype=torch.float64, device=theta.device)
+    old_policy = with_parameters(policy, unflatten(theta, policy))
     for indices in micro_batches:
         inputs = sequences, _, mask = [tensor[indices] for tensor in batch]
         tokens = sequences[:, -args.response_length :][mask]  # (n,)
-        old_logits = common.response_logits(policy, *inputs, args, old_parameters)  # (n, V)
+        old_logits = common.response_logits(old_policy, *inputs, args)  # (n, V)
         new_logits = common.response_logits(policy, *inputs, args)  # (n, V)
         new, old = [token_statistics(logits, tokens, args.temperature)[0] for logits in (new_logits, old_logits)]
         gain = ((new - old).exp() - 1) * advantages[indices][mask]  # (n,)
