@@ -387,8 +387,8 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
     if packed is None:
         return attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **settings)
 
-    def take(tensor, places):  # -> (rows, heads, l, d)
-        return tensor[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+    def take(tensor, at):  # (1, heads, T, d), (rows, l) -> (rows, heads, l, d); the gradient of [0] would be a copy
+        return tensor.squeeze(0).transpose(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
 
     (blocks, order), outputs = packed, []
     for places, key_places, distances, bias in blocks:  # (rows, q), (rows, l), (q, l), (rows, 1, q, l)
@@ -415,7 +415,7 @@ def response_logits(model, sequences, attention_mask, response_mask, args):
     inputs, places = pack(sequences[:, :-1], is_run, args.response_length - 1)
     inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), tokens before
     with autocast(sequences.device, args):
-        return model(**inputs).logits[0]
+        return model(**inputs).logits.squeeze(0)
 
 
 @torch.no_grad()

@@ -260,7 +260,7 @@ class Critic(torch.nn.Module):
         """Values of the states before each of R columns and after the last: (b, P+R) -> (b, R+1); any in padding."""
         inputs, places = common.pack(sequences, attention_mask, args.response_length)
         with common.autocast(sequences.device, args):
-            hidden = self.backbone(**inputs).last_hidden_state[0]  # (T, hidden size)
+            hidden = self.backbone(**inputs).last_hidden_state.squeeze(0)  # (T, hidden size)
         values = self.head(hidden.to(self.head.weight.dtype))[:, 0]  # (T,)
         return values[places[:, -args.response_length - 1 :]]
 
