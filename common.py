@@ -387,7 +387,7 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
     if packed is None:
         return attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **settings)
 
-    def take(tensor, at):  # (1, heads, T, d), (rows, l) -> (rows, heads, l, d); the gradient of [0] would be a copy
+    def take(tensor, at):  # (1, heads, T, d), (rows, l) -> (rows, heads, l, d); [0] would copy its gradient
         return tensor.squeeze(0).transpose(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
 
     (blocks, order), outputs = packed, []

@@ -316,7 +316,7 @@ def unflatten(vector, policy):
 
 
 def with_parameters(policy, parameters):
-    """The policy as a function, with the parameters {name: tensor} in place of its own."""
+    """The policy as a function, with {name: tensor} in place of its own parameters of these names."""
     return lambda **inputs: torch.func.functional_call(policy, parameters, kwargs=inputs)
 
 
@@ -353,7 +353,7 @@ def surrogate_gradient(policy, batch, micro_batches, advantages, sampler_logprob
 
 @torch.no_grad()
 def jacobian_vector_product(policy, vector, inputs, args):
-    """Logits and how they change along `vector`, by forward-mode differentiation: (D,) -> (n, V), (n, V)."""
+    """Logits / temperature, and how they change along `vector`, in forward mode: (D,) -> (n, V), (n, V)."""
     forward_ad, parameters = torch.autograd.forward_ad, common.trained_parameters(policy)
     with forward_ad.dual_level(), plain_attention():
         tangents = unflatten(vector, policy).items()
