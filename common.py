@@ -348,23 +348,23 @@ def pack(sequences, attention_mask, response_length):
     prompts = sequences[:, :length].where(attention_mask[:, :length], -1)  # (b, P)
     is_new = torch.ones_like(attention_mask[:, 0])  # (b,), rows with another prompt than the row before
     is_new[1:] = (prompts[1:] != prompts[:-1]).any(1)
-    is_packed = attention_mask.clone()  # (b, P+R), T times True
+    is_packed = attention_mask.clone()  # (b, P+R), the T tokens that are run
     is_packed[:, :length] &= is_new[:, None]
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]  # those of the row that runs the prompt
-    blocks, order = [], []
+    blocks, owners, count = [], [], is_packed.sum()
     # Attention alone is padded: rows with up to 32, 64 ... packed tokens, with or without a prompt, are a block.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
     for kind in kinds[is_packed.any(1)].unique():
         rows = (kinds == kind).nonzero()[:, 0]
         mask, run, place = [x[rows] for x in (attention_mask, is_packed, places)]
         queries, keys = [x.any(0).nonzero()[:, 0] for x in (run, mask)]  # (q,), (l,), columns
-        distances = queries[:, None] - keys  # (q, l): real tokens have no gaps
+        distances = queries[:, None] - keys  # (q, l), in tokens: rows have no gaps
         is_hidden = (distances < 0) | ~mask[:, None, None, keys]  # (rows, 1, q, l)
         bias = torch.where(is_hidden, -1e30, 0.0)  # -inf makes padding NaN
         blocks.append((place[:, queries], place[:, keys], distances, bias))
-        order.append(place.where(run, -1)[:, queries].flatten())
-    order = torch.cat(order).argsort()[-is_packed.sum() :]  # (T,); padding, -1, comes first
+        owners.append(place.where(run, count)[:, queries].flatten())  # in the packed row; T: none
+    order = torch.cat(owners).argsort()[:count]  # (T,), where the blocks' outputs have each token's
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": position_ids(attention_mask)[is_packed][None]}
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}
@@ -407,13 +407,13 @@ def autocast(device, args):
 
 
 def response_logits(model, sequences, attention_mask, response_mask, args):
-    """Logits, at temperature 1, that predict the n tokens of the response mask, row after row, and no others.
+    """Logits, at temperature 1, that predict the n tokens of the response mask, row after row.
 
-    (b, P+R), (b, P+R), (b, R) -> (n, V). model: a network, or a function with the same keyword arguments.
+    (b, P+R), (b, P+R), (b, R) -> (n, V). model: a network, or a function called like one.
     """
     is_run = attention_mask[:, :-1] & attention_mask[:, 1:]  # (b, P+R-1): last tokens predict none
     inputs, places = pack(sequences[:, :-1], is_run, args.response_length - 1)
-    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), tokens before
+    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), one column earlier
     with autocast(sequences.device, args):
         return model(**inputs).logits.squeeze(0)
 
@@ -450,8 +450,8 @@ def load_rows(dataset, flag, args):
         with input_errors(f"{where}: expected a JSON object, found {str(line)[:40]!r}"):
             row = {**json.loads(line)} if is_file else dict(line)
         columns = columns or set(row)
-        require(needed <= set(row), where, f"{sorted(needed)} (--prompt-column, --reference-column)", sorted(row))
-        require(set(row) == columns, where, f"the columns of row 1, {sorted(columns)}", sorted(row))
+        expected = f"{sorted(needed | columns)} (--prompt-column, --reference-column)"
+        require(needed <= set(row) == columns, where, expected, sorted(row))
         values = [row.pop(name) for name in (args.prompt_column, args.reference_column) if name in row]
         rows.append(row | dict(zip(("prompt", "reference"), values)))
         kind, prompt = type(rows[0]["prompt"]), values[0]
@@ -511,12 +511,13 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     """Responses of the current policy to N rows with prompts, k = samples_per_prompt to each, side by side.
 
     All sampling goes through here. Another engine, such as vLLM, must return the same, from the current weights.
-    If it rounds differently, use --dtype bfloat16 (in float32 REINFORCE and TRPO take its log-probabilities as log pi)
+    If it rounds differently, use --dtype bfloat16 and --sampler-clip (in float32 nothing corrects its rounding)
     and relax `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
-        response_mask: (N k, R), True for one or more sampled tokens, the end token too; the score goes to the last.
-        logprobs: (N k, R), log-probabilities under the distribution that was sampled, 0 outside the mask.
+        response_mask: (N k, R), True for sampled tokens, at least one, the end token too; a tool's output would be in
+            attention_mask alone. The score goes to the last.
+        logprobs: (N k, R), log-probabilities under the sampled distribution, 0 outside the mask.
         texts: N k, what the responses add to their prompts. For the reward alone: they may encode to other tokens.
         facts: lists of N k, `ended` (False if cut at the length limit) and `num_tokens`.
     """
@@ -524,10 +525,9 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(policy.device)  # (N, P)
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
-    settings = dict(samples_per_prompt=samples_per_prompt, generator=generator, greedy=greedy)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # rounds weights once
         prompts = zip(ids.split(at_once), mask.split(at_once))
-        results = [rollout(policy, *some, end_ids, args, **settings) for some in prompts]
+        results = [rollout(policy, *some, end_ids, args, samples_per_prompt, generator, greedy) for some in prompts]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
@@ -557,8 +557,8 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
     Settings of generation_config.json, such as top-k, are not used: they change the distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
 
-    On CUDA the cache has its final size from the start: the pass of one token is always the same work, captured as a
-    graph and replayed, as launching its kernels takes longer than running them.
+    On CUDA the cache has its final size: each pass of one token is the same work, captured as a graph and replayed, as
+    launching its kernels takes longer than running them.
     """
     device, on_cuda = prompts.device, prompts.device.type == "cuda"
     cache, graph = DynamicCache(config=model.config), None
@@ -593,15 +593,15 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             tokens = (step_logprobs.exp() / noise).argmax(-1, keepdim=True)  # (a, 1)
         responses[active, t] = tokens[:, 0]
         logprobs[active, t] = step_logprobs.gather(1, tokens)[:, 0]
-        ended |= (tokens == end_tensor).any(1)  # `isin` may sort, and wait for the GPU
+        ended |= (tokens == end_tensor).any(1)  # `isin` may wait for the GPU
         if t + 1 == args.response_length:
             break
         inputs.copy_(tokens)
-        if not on_cuda or t % 16 == 15:  # counting unfinished rows waits for the GPU
+        if not on_cuda or t % 16 == 15:  # counting waits for the GPU
             going_on = (~ended).nonzero()[:, 0]
             if not len(going_on):
                 break
-            if len(going_on) <= len(active) / 2:
+            if len(going_on) <= len(active) / 2:  # until then ended rows run on, masked out
                 cache.reorder_cache(going_on)
                 kept = [x[going_on] for x in (active, ended, inputs, positions, mask)]
                 active, ended, inputs, positions, mask = kept
@@ -616,7 +616,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # recorded, not run: replays write here
-            logits.copy_(computed)
+            logits.copy_(computed)  # of this step
     require(logprobs.isfinite().all(), "--model", "finite logits; try a lower learning rate", "NaN or infinity")
     response_mask = mask_through_first_end(responses, end_ids)  # (b, R)
     return responses.where(response_mask, PAD_ID), response_mask, logprobs.where(response_mask, 0.0)
@@ -647,7 +647,7 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
     require(np.max(gaps) < (0.2 if args.dtype == "bfloat16" else 0.05), "--model", expected, f"differences of {gaps}")
 
 
-# ===== Reward: fn(prompts, responses, **columns) -> one float each =====
+# ===== Reward: fn(prompts, responses, **columns, **facts) -> one float each =====
 def match_reward(prompts, responses, reference, **columns):
     """Share of the reference's characters in place in the response; equal length counts as one more."""
     pairs = [(response, str(t)) for response, t in zip(responses, reference)]

@@ -6,7 +6,7 @@
 
 Generating text is a Markov decision process. The state s_t is the prompt and the tokens so far, the action a_t is the
 next token, the policy pi is the language model, and an end token is an action like any other. A response a_1 ... a_T
-earns one score, on its last token, less a penalty for leaving a frozen reference policy (Ziegler et al. 2019):
+earns one score, on its last token, less a penalty for leaving pi_ref, a frozen copy of pi (Ziegler et al. 2019):
 
     (1)  r_t  = score * [t = T] - beta * (log pi(a_t | s_t) - log pi_ref(a_t | s_t))       KL-shaped reward
     (2)  beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(batch / horizon, 1)) with --kl-ref-target
@@ -99,9 +99,9 @@ class Args:
     prompt_length: Positive[int] = 512
     """longest prompt that is accepted, in tokens"""
     reward: str = "match"
-    """match, exact, rouge, bleu, model:NAME (a classifier), or FILE.py:function(prompts, responses, **columns)"""
+    """match, exact, rouge, bleu, model:NAME, or FILE.py:function(prompts, responses, num_tokens, ended, **columns)"""
     reward_logit: int = -1
-    """the logit of --reward model:NAME that is the score, counted from 0, or from the end with -1"""
+    """with model:NAME, the classifier's logit that is the score, counted from 0, or from the end with -1"""
     total_episodes: NonNegative[int] = 10_240
     """responses to train on, rounded down to whole batches; 0 only evaluates the model"""
     batch_size: Positive[int] = 128
@@ -113,7 +113,7 @@ class Args:
     temperature: Positive[float] = 1.0
     """sampling temperature; the policy that is trained is the one at this temperature"""
     sampler_clip: NonNegative[float] = 0.0
-    """with bfloat16 a bound, such as 2, on weights pi / pi_sampler that correct rounding in sampling; 0 for none"""
+    """with bfloat16 a bound, such as 2, on importance weights that correct rounding in sampling; 0 for none"""
     micro_batch_tokens: NonNegative[int] = 0
     """tokens per forward and backward pass, which bound its memory; 0 is 1,024 on a CPU, 4,096 on a GPU"""
     rollout_tokens: Positive[int] = 262_144
@@ -203,9 +203,9 @@ def policy_logprobs(model, sequences, attention_mask, response_mask, args, entro
     tokens = sequences[:, -args.response_length :][response_mask]  # (n,), row after row
     size = max(1, (2**21 if logits.is_cpu else 2**30) // logits.shape[1])  # pieces fit a CPU's cache
     pieces = zip(logits.split(size), tokens.split(size))
-    statistics = zip(*[token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces])
+    results = [token_statistics(*piece, args.temperature, entropy_gradient) for piece in pieces]
     zeros = torch.zeros_like(response_mask, dtype=logits.dtype)  # (b, R), outside the mask
-    return [zeros.masked_scatter(response_mask, torch.cat(values)) for values in statistics]
+    return [zeros.masked_scatter(response_mask, torch.cat(values)) for values in zip(*results)]
 
 
 def batched_logprobs(model, batch, micro_batches, args):
@@ -323,7 +323,7 @@ def main(args, checkpoint=None):
     # ===== Critic and optimizers (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
     policy = common.prepare(policy, device, args)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)  # [4/5] sets both rates anew
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     # What a checkpoint holds, and what goes from one iteration to the next.
     networks, optimizers = {"policy": policy, "critic": critic}, {"policy": optimizer, "critic": critic_optimizer}
@@ -426,7 +426,7 @@ def main(args, checkpoint=None):
             kl_ref = common.mean((logprobs - ref_logprobs).where(response_mask, 0.0).sum(1)).item()
             metrics |= {"objective/kl_ref": kl_ref, "objective/kl_ref_coef": state.kl_ref_coef}
             state.kl_ref_coef = adapt_kl_ref_coef(state.kl_ref_coef, kl_ref, args.batch_size, args)
-        importance_weights = torch.ones_like(logprobs)  # (B, R), pi / pi_sampler
+        importance_weights = torch.ones_like(logprobs)  # (B, R)
         if args.dtype == "bfloat16" and args.sampler_clip:
             importance_weights = (logprobs - sampler_logprobs).exp().clamp(max=args.sampler_clip)
             is_clipped = importance_weights == args.sampler_clip  # (B, R)
