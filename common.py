@@ -1,4 +1,4 @@
-"""Tokenization, prompts, rollout and reward: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
+"""Tokenization, rollout, reward, models and ranks: what reinforce_lm.py, ppo_lm.py and trpo_lm.py share.
 
 `args` are a script's flags. Shapes: N prompts, k responses to each, B responses of a batch on this rank, b of those run
 at once, P prompt length, R response length, V vocabulary; of a micro-batch, T packed tokens and n response tokens.
@@ -53,7 +53,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 # ===== Errors =====
 def require(condition, name, expected, found):
-    """Exit with one line on standard error unless `condition` holds. name: a flag or a row."""
+    """Exit with one line on standard error unless `condition` holds. name: a flag, row or the like."""
     if not condition:
         sys.exit(" ".join(f"error: {name}: expected {expected}, found {str(found)[:300]}".split()))
 
@@ -121,7 +121,7 @@ def start_ranks(args):
 
 
 def make_generator(device, *key):
-    """A torch.Generator seeded by the integers of `key`, zeros at its end included."""
+    """A torch.Generator seeded by the integers of `key`; final zeros count, too."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
@@ -143,7 +143,7 @@ def all_reduce(tensor):
 def mean(values, mask=None):
     """Mean of `values`, where `mask` is True, over all ranks: -> scalar."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    # In float64 the mean of equal values is exact. Of rounding error Adam would make a full step.
+    # In float64 the mean of equal values is exact: Adam would make a full step of rounding error.
     total, count = all_reduce(torch.stack([values.where(mask, 0.0).double().sum(), mask.sum().double()]))
     return (total / count).to(torch.promote_types(values.dtype, torch.float32))  # of booleans, too
 
@@ -216,9 +216,9 @@ def load_tokenizer(model, rows):
 
 
 def load_policy(args, tokenizer, rows):
-    """The model of --model on the CPU in float32; frozen weights of adapted layers in --dtype, but for TRPO.
+    """The model of --model on the CPU in float32; frozen weights of adapted layers in --dtype, except in TRPO.
 
-    It stays in evaluation mode: with dropout the loss would score another policy than the sampler's.
+    It stays in evaluation mode: with dropout the loss would score a policy other than the sampler's.
     """
     context_length = max(len(row["input_ids"]) for row in rows) + args.response_length
     torch.manual_seed(args.seed)
@@ -238,7 +238,7 @@ def load_policy(args, tokenizer, rows):
             module.padding_idx = None  # or the padding id, perhaps an end token, would get no gradient
     accept_packed_rows(policy)
     head = policy.get_output_embeddings()
-    head.forward = types.MethodType(full_precision_product, head)  # a copy of the model will use its own head
+    head.forward = types.MethodType(full_precision_product, head)  # deepcopy rebinds it to the copied head
     if args.lora_rank:  # LoRA adapters (Hu et al. 2022) are all that is trained
         import peft
 
@@ -253,7 +253,7 @@ def load_policy(args, tokenizer, rows):
 
 
 def full_precision_product(head, hidden):
-    """Logits as a float32 product (TF32 on a GPU), under autocast too, which would round 16.06 to 16."""
+    """Logits as a float32 product (TF32 on a GPU): autocast would round 16.06 to 16."""
     with torch.autocast(hidden.device.type, enabled=False):
         # PyTorch would copy a frozen head for each row if hidden states are not contiguous.
         return type(head).forward(head, hidden.contiguous().to(head.weight.dtype))
@@ -318,7 +318,7 @@ def micro_batches_of(groups, attention_mask, args):
             total += cost
             if total > args.micro_batch_tokens:
                 counts.append(0)
-                total = prompt + cost
+                total = prompt + cost  # runs the prompt again
             counts[-1] += 1
     return groups.flatten().split(counts)
 
@@ -352,7 +352,7 @@ def pack(sequences, attention_mask, response_length):
     is_packed[:, :length] &= is_new[:, None]
     places = (is_packed.flatten().cumsum(0) - 1).clamp(min=0).view_as(sequences)  # (b, P+R)
     places[:, :length] = places[is_new, :length][is_new.cumsum(0) - 1]  # those of the row that runs the prompt
-    blocks, owners, count = [], [], is_packed.sum()
+    blocks, slots, count = [], [], is_packed.sum()
     # Attention alone is padded: rows with up to 32, 64 ... packed tokens, with or without a prompt, are a block.
     kinds = 2 * is_packed.sum(1).clamp(min=32).log2().ceil() + is_new  # (b,)
     for kind in kinds[is_packed.any(1)].unique():
@@ -363,8 +363,8 @@ def pack(sequences, attention_mask, response_length):
         is_hidden = (distances < 0) | ~mask[:, None, None, keys]  # (rows, 1, q, l)
         bias = torch.where(is_hidden, -1e30, 0.0)  # -inf makes padding NaN
         blocks.append((place[:, queries], place[:, keys], distances, bias))
-        owners.append(place.where(run, count)[:, queries].flatten())  # in the packed row; T: none
-    order = torch.cat(owners).argsort()[:count]  # (T,), where the blocks' outputs have each token's
+        slots.append(place.where(run, count)[:, queries].flatten())  # places of the block's outputs; T: none
+    order = torch.cat(slots).argsort()[:count]  # (T,), index of each place in the blocks' outputs
     inputs = {"input_ids": sequences[is_packed][None], "position_ids": position_ids(attention_mask)[is_packed][None]}
     # The mask is not read: its four dimensions keep transformers from making one of (T, T).
     inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1, device=places.device), "packed": (blocks, order)}
@@ -372,10 +372,10 @@ def pack(sequences, attention_mask, response_length):
 
 
 def accept_packed_rows(model):
-    """Wrap the attention function of a model: transformers hands `packed`, which it does not know, on to it."""
+    """Wrap a model's attention function; transformers passes it the unknown keyword `packed`."""
     own, kind = model.config._attn_implementation, model.config.model_type
     name = f"packed_{own}_{kind}"
-    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # is in no table
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # not in the table
     attend = ALL_ATTENTION_FUNCTIONS.get(own, eager)
     AttentionInterface.register(name, partial(packed_attention, attend))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
@@ -387,7 +387,7 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
     if packed is None:
         return attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **settings)
 
-    def take(tensor, at):  # (1, heads, T, d), (rows, l) -> (rows, heads, l, d); [0] would copy its gradient
+    def take(tensor, at):  # (1, heads, T, d), (rows, l) -> (rows, heads, l, d); the gradient of [0] is a copy
         return tensor.squeeze(0).transpose(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
 
     (blocks, order), outputs = packed, []
@@ -401,7 +401,7 @@ def packed_attention(attend, module, query, key, value, attention_mask, packed=N
 
 def autocast(device, args):
     """A context for passes in the precision of --dtype."""
-    # With --activation-checkpointing each layer rounds its weights anew: the cache would hold them all.
+    # With --activation-checkpointing each layer rounds its weights again: the cache would hold them all.
     settings = dict(enabled=args.dtype == "bfloat16", cache_enabled=not args.activation_checkpointing)
     return torch.autocast(device.type, torch.bfloat16, **settings)
 
@@ -411,9 +411,9 @@ def response_logits(model, sequences, attention_mask, response_mask, args):
 
     (b, P+R), (b, P+R), (b, R) -> (n, V). model: a network, or a function called like one.
     """
-    is_run = attention_mask[:, :-1] & attention_mask[:, 1:]  # (b, P+R-1): last tokens predict none
+    is_run = attention_mask[:, :-1] & attention_mask[:, 1:]  # (b, P+R-1): last tokens predict nothing
     inputs, places = pack(sequences[:, :-1], is_run, args.response_length - 1)
-    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), one column earlier
+    inputs["logits_to_keep"] = places[:, -args.response_length :][response_mask]  # (n,), from the prompt's last on
     with autocast(sequences.device, args):
         return model(**inputs).logits.squeeze(0)
 
@@ -515,8 +515,8 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     and relax `try_model`. Tokens are from softmax(logits / temperature), or the argmax if `greedy`.
     Returns:
         sequences, attention_mask: (N k, P+R) each, prompts padded on the left, responses on the right.
-        response_mask: (N k, R), True for sampled tokens, at least one, the end token too; a tool's output would be in
-            attention_mask alone. The score goes to the last.
+        response_mask: (N k, R), True for sampled tokens, the end token too; the last, of at least one, gets the score.
+            A tool's output would be in attention_mask alone.
         logprobs: (N k, R), log-probabilities under the sampled distribution, 0 outside the mask.
         texts: N k, what the responses add to their prompts. For the reward alone: they may encode to other tokens.
         facts: lists of N k, `ended` (False if cut at the length limit) and `num_tokens`.
@@ -526,8 +526,8 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
     ids, mask = ids.where(ids >= 0, PAD_ID), ids >= 0  # (N, P), (N, P)
     at_once = max(1, args.rollout_tokens // (ids.shape[1] + args.response_length) // samples_per_prompt)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # rounds weights once
-        prompts = zip(ids.split(at_once), mask.split(at_once))
-        results = [rollout(policy, *some, end_ids, args, samples_per_prompt, generator, greedy) for some in prompts]
+        pieces = zip(ids.split(at_once), mask.split(at_once))
+        results = [rollout(policy, *some, end_ids, args, samples_per_prompt, generator, greedy) for some in pieces]
     responses, response_mask, logprobs = map(torch.cat, zip(*results))  # (N k, R) each
     sequences = torch.cat([ids.repeat_interleave(samples_per_prompt, 0), responses], 1)
     attention_mask = torch.cat([mask.repeat_interleave(samples_per_prompt, 0), response_mask], 1)
@@ -544,7 +544,7 @@ def sample(policy, tokenizer, end_ids, args, rows, samples_per_prompt=1, generat
 
 
 class FixedLayer(StaticLayer):
-    """A cache of fixed size. Keys, float32 after rotary embeddings, are rounded like values."""
+    """A cache of fixed size. Keys (float32 after rotary embeddings) are rounded like values."""
 
     def update(self, keys, values, *others, **settings):
         return super().update(keys.to(values.dtype), values, *others, **settings)
@@ -552,7 +552,7 @@ class FixedLayer(StaticLayer):
 
 @torch.no_grad()
 def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, generator=None, greedy=False):
-    """Sample responses token by token to (N, P) left-padded prompts, each run once for all its samples.
+    """Sample responses token by token to (N, P) left-padded prompts, which run once for all samples.
 
     Settings of generation_config.json, such as top-k, are not used: they change the distribution.
     Returns ids, their mask and their log-probabilities, (b, R) each.
@@ -601,7 +601,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             going_on = (~ended).nonzero()[:, 0]
             if not len(going_on):
                 break
-            if len(going_on) <= len(active) / 2:  # until then ended rows run on, masked out
+            if len(going_on) <= len(active) / 2:  # until then ended rows run on, unused
                 cache.reorder_cache(going_on)
                 kept = [x[going_on] for x in (active, ended, inputs, positions, mask)]
                 active, ended, inputs, positions, mask = kept
@@ -610,9 +610,9 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
         if graph:
             graph.replay()  # reads inputs, positions and mask, and writes to logits
             continue
-        used = mask if fixed_size else mask[:, : length + t + 1]  # causality hides later columns
+        used = mask if fixed_size else mask[:, : length + t + 1]  # causality hides unused columns
         logits = forward(inputs, positions, used)
-        if fixed_size and t + 8 < args.response_length:  # capture costs what three replays gain; rows may end
+        if fixed_size and t + 8 < args.response_length:  # pays after three replays; rows may end
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # recorded, not run: replays write here
@@ -626,7 +626,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
 def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
     """Refuse a model if padding, the cache or an unknown token would silently change its results.
 
-    Two samples of four tokens follow the longest prompt, two follow half of it. Sampler and loss must give the
+    Two samples of up to four tokens follow the longest prompt, two half of it. Sampler and loss must give the
     log-probabilities of the plain model, in float32, or with adapters in --dtype.
     """
     longest = max((row["input_ids"] for row in rows), key=len)
@@ -655,7 +655,7 @@ def match_reward(prompts, responses, reference, **columns):
 
 
 def exact_reward(prompts, responses, reference, **columns):
-    """1 if response and reference are equal up to surrounding white space, else 0."""
+    """1 if response and reference are equal, ignoring surrounding whitespace, else 0."""
     return [float(r.strip() == str(t).strip()) for r, t in zip(responses, reference)]
 
 
@@ -680,13 +680,13 @@ REWARDS = {"match": match_reward, "exact": exact_reward, "rouge": rouge_reward, 
 def reward_model(name, args, device):
     """A reward function: one logit of a sequence classifier, for prompt and response as one text.
 
-    Messages become text by its own chat template. Of a long text the end is read.
+    Messages become text by its own chat template. Long texts are cut on the left.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_whole(transformers.AutoModelForSequenceClassification, name, "--reward", dtype).to(device).eval()
     # Padded on the right, as positions count from the first token.
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
-    # A decoder is scored at its last token other than padding, which may be the end token.
+    # A decoder is scored at its last token other than padding, perhaps an end token.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.eos_token
     config = model.config.get_text_config()
     config.pad_token_id = tokenizer.pad_token_id

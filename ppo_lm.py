@@ -28,13 +28,13 @@ never came. With ratio_t = pi(a_t | s_t) / pi_old(a_t | s_t), every gradient ste
 
 (eq. 7 and 8 of the paper), to which --ent-coef adds E_t[entropy of pi(. | s_t)]. (6) removes the incentive to move a
 ratio beyond its clip range. (7) penalizes KL(pi_old || pi). Tokens are samples from pi_old, under which E[ratio] =
-sum_a pi(a) = 1 whatever theta is, so that E[ratio - 1 - log ratio] = E[log pi_old - log pi]: the penalty has the value
+sum_a pi(a) = 1 for any pi, so that E[ratio - 1 - log ratio] = E[log pi_old - log pi]: the penalty has the value
 of that KL, and its gradient. After each batch c is adapted to the KL that the update caused (section 4 of the paper):
 
     (8)  c <- c / 2 if KL < target / 1.5, else 2 c if KL > 1.5 target, else c
 
-The critic minimizes the squared error, with --value-clip the larger of it and the error of the value when that is
-clipped to within eps_V of V_old, the value before the update:
+The critic minimizes its squared error; with --value-clip, the larger of that and the error of the value clipped to
+within eps_V of V_old, the value before the update:
 
     (9)  L_V = E_t[1/2 max((V - R_t)^2, (clip(V, V_old - eps_V, V_old + eps_V) - R_t)^2)]  clipped value loss
 
@@ -44,7 +44,7 @@ learned nothing, would move the policy, and the weight between the two losses wo
 
 Departures from the paper: clipped gradients, advantages whitened over the batch, --clip-coef-high, clipped values (9),
 an optional stop by --target-kl, in (7) a sampled KL in place of the exact one; in bfloat16, where passes that sample
-round otherwise than those that train, --sampler-clip C multiplies A_t by the weight min(pi_old / pi_sampler, C).
+round differently from those that train, --sampler-clip C multiplies A_t by the weight min(pi_old / pi_sampler, C).
 Departures from reinforce_lm.py: a critic; several steps per batch, before which log pi_old is computed; and, as most
 code does, E_t divides by the number of tokens, where that script divides by the number of responses and keeps the
 factor gamma^(t-1), which GAE drops. Departure from trpo_lm.py: a clip or a penalty in place of the constraint.
@@ -135,7 +135,7 @@ class Args:
     kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_ref_horizon: Positive[int] = 10_000
-    """responses in which beta changes by at most about 20 %"""
+    """responses in which beta changes by at most about 20%"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
 
@@ -235,7 +235,7 @@ def adapt_kl_ref_coef(kl_ref_coef, kl_ref, num_responses, args):
     return kl_ref_coef * (1 + error * min(num_responses / args.kl_ref_horizon, 1))  # (2)
 
 
-# ===== Equations (algorithm) =====
+# ===== Critic, equations (algorithm) =====
 class Critic(torch.nn.Module):
     """The policy's layers, copied, with a scalar head that starts at zero."""
 
@@ -248,7 +248,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of R columns and after the last: (b, P+R) -> (b, R+1); any in padding."""
+        """Values of states before each of R columns and after the last: (b, P+R) -> (b, R+1); arbitrary in padding."""
         inputs, places = common.pack(sequences, attention_mask, args.response_length)
         with common.autocast(sequences.device, args):
             hidden = self.backbone(**inputs).last_hidden_state.squeeze(0)  # (T, hidden size)
@@ -323,7 +323,7 @@ def main(args, checkpoint=None):
     # ===== Critic and optimizers (algorithm) =====
     critic = common.prepare(Critic(policy), device, args)
     policy = common.prepare(policy, device, args)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)  # [4/5] sets both rates anew
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)  # [4/5] resets both rates
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     # What a checkpoint holds, and what goes from one iteration to the next.
     networks, optimizers = {"policy": policy, "critic": critic}, {"policy": optimizer, "critic": critic_optimizer}
@@ -401,7 +401,7 @@ def main(args, checkpoint=None):
         sequences, attention_mask, response_mask = batch  # (B, P+R), (B, P+R), (B, R), as is sampler_logprobs
         rollout_seconds = time.time() - iteration_start
 
-        # ===== Log-probabilities (algorithm) =====
+        # ===== Old log-probabilities (algorithm) =====
         # log pi_old comes from the loss's own function, on the micro-batches of the first epoch, since in bfloat16 a
         # row's rounding error depends on the rows around it. So the first ratio is 1, exactly on a CPU.
         keys = [(args.seed, iteration, rank, epoch) for epoch in range(args.update_epochs)]

@@ -34,11 +34,11 @@ is random, it would be the gradient of something else. With G_i1 the return of t
 
 For language models (11) is RLOO (Ahmadian et al. 2024). Departures from the papers: Adam with clipped gradients
 replaces plain gradient ascent; advantages may be divided by their standard deviation over the batch, which changes
-the norm of g, not its direction; and in bfloat16, where passes that sample round otherwise than those that train,
+the norm of g, not its direction; and in bfloat16, where passes that sample round differently from those that train,
 --sampler-clip C multiplies A by the importance weight min(pi / pi_sampler, C). Departures from ppo_lm.py and
 trpo_lm.py: one gradient step per batch, no critic, and gamma^(t-1) stays in (4), where most code drops it.
 
-Shapes: B responses of a batch, in the code those of this rank (b of a micro-batch), P prompt length, R response length,
+Shapes: B responses of a batch, in code those of this rank (b of a micro-batch), P prompt length, R response length,
 V vocabulary. common.py begins with a drawing of how masks and logits align.
 """
 
@@ -124,7 +124,7 @@ class Args:
     kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_ref_horizon: Positive[int] = 10_000
-    """responses in which beta changes by at most about 20 %"""
+    """responses in which beta changes by at most about 20%"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
 
@@ -338,7 +338,7 @@ def main(args, checkpoint=None):
         sequences, attention_mask, response_mask = batch  # (B, P+R), (B, P+R), (B, R), as is sampler_logprobs
         rollout_seconds = time.time() - iteration_start
 
-        # ===== Log-probabilities (algorithm) =====
+        # ===== Old log-probabilities (algorithm) =====
         groups = torch.arange(local_batch_size, device=device).view(-1, args.samples_per_prompt)  # (B/k, k)
         micro_batches = common.micro_batches_of(groups, attention_mask, args)
         # One step per batch needs no ratio. For the KL the sampler's will do where it is the policy itself.

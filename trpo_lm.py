@@ -50,7 +50,7 @@ trunk its gradient would move the policy out of the trust region.
 Departures from the paper: damping relative to the curvature along g, so that one value serves models of all sizes; a
 fraction of the batch in the products of (9), with x'Fx in (10) from the whole batch; GAE in place of sampled returns; a
 delta that falls to 0 over the run, since steps of a fixed size would never settle; and in bfloat16, where passes that
-sample round otherwise, --sampler-clip C multiplies A_t by the weight min(pi_old / pi_sampler, C).
+sample round differently, --sampler-clip C multiplies A_t by the weight min(pi_old / pi_sampler, C).
 Departures from ppo_lm.py: the distance is a constraint that each step keeps, not a clip or a penalty; there is one step
 per batch, no policy optimizer and no policy learning rate. The policy's update is in float32 (TF32 on a GPU) whatever
 --dtype says, since the rounding error of bfloat16 in the KL can be as large as delta. E_t divides by the number of
@@ -142,7 +142,7 @@ class Args:
     kl_ref_target: NonNegative[float] = 0.0
     """target for the KL to the reference, in nats per response; beta is adapted to reach it; 0 keeps beta fixed"""
     kl_ref_horizon: Positive[int] = 10_000
-    """responses in which beta changes by at most about 20 %"""
+    """responses in which beta changes by at most about 20%"""
     gamma: UpToOne[float] = 1.0
     """discount per token"""
 
@@ -244,7 +244,7 @@ def adapt_kl_ref_coef(kl_ref_coef, kl_ref, num_responses, args):
     return kl_ref_coef * (1 + error * min(num_responses / args.kl_ref_horizon, 1))  # (2)
 
 
-# ===== Equations (algorithm) =====
+# ===== Critic, equations (algorithm) =====
 class Critic(torch.nn.Module):
     """The policy's layers, copied, with a scalar head that starts at zero."""
 
@@ -257,7 +257,7 @@ class Critic(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, sequences, attention_mask, args):
-        """Values of the states before each of R columns and after the last: (b, P+R) -> (b, R+1); any in padding."""
+        """Values of states before each of R columns and after the last: (b, P+R) -> (b, R+1); arbitrary in padding."""
         inputs, places = common.pack(sequences, attention_mask, args.response_length)
         with common.autocast(sequences.device, args):
             hidden = self.backbone(**inputs).last_hidden_state.squeeze(0)  # (T, hidden size)
@@ -562,7 +562,7 @@ def main(args, checkpoint=None):
         sequences, attention_mask, response_mask = batch  # (B, P+R), (B, P+R), (B, R), as is sampler_logprobs
         rollout_seconds = time.time() - iteration_start
 
-        # ===== Log-probabilities (algorithm) =====
+        # ===== Old log-probabilities (algorithm) =====
         groups = torch.arange(local_batch_size, device=device).view(-1, args.samples_per_prompt)  # (B/k, k)
         micro_batches = common.micro_batches_of(groups, attention_mask, args)
         # The update computes its own in float32. For the KL the sampler's will do where it is the policy itself.

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 COLORS = {"reinforce_lm": "#0072B2", "ppo_lm": "#D55E00", "trpo_lm": "#009E73"}  # distinct for color-blind readers
 ABOUT = """
 Greedy responses to held-out prompts after the last update. KL to the reference: nats per response, last tenth of the
-batches. To 90 %: until the first evaluation with so many exact matches. How it was measured:
+batches. To 90%: until the first evaluation with so many exact matches. How it was measured:
 """
 
 
@@ -75,10 +75,10 @@ def train(script, seeds, args, group):
     figures = {"exact match, %": 100 * exact[-1], "score": metrics["eval/score"][1, -1]}
     if args.kl:
         kl = metrics["kl"][1]  # (I - 1,)
-        return {"median KL": np.median(kl), "99 % below": np.quantile(kl, 0.99), "largest": kl.max()} | figures
+        return {"median KL": np.median(kl), "99% below": np.quantile(kl, 0.99), "largest": kl.max()} | figures
     figures |= {"KL": metrics["objective/kl_ref"][1, -max(1, len(seconds) // 10) :].mean()}
-    figures |= {"episodes to 90 %": min(episodes[exact >= 0.9], default=np.inf)}
-    figures |= {"seconds to 90 %": min(elapsed[exact >= 0.9], default=np.inf)}
+    figures |= {"episodes to 90%": min(episodes[exact >= 0.9], default=np.inf)}
+    figures |= {"seconds to 90%": min(elapsed[exact >= 0.9], default=np.inf)}
     return figures | {"tokens/s": np.median(metrics["time/tokens_per_second"][1]), "command, s": time.time() - start}
 
 
