@@ -44,13 +44,13 @@ def reward_with_parts(prompts, responses, **columns):
     return scores, {"prompt_length": list(map(len, prompts)), "length": list(map(len, responses))}
 
 
-def rollout_by_prompt(model, prompts, prompt_mask, *rest, **settings):
-    if settings.get("greedy"):
-        return sample(model, prompts, prompt_mask, *rest, **settings)
+def rollout_by_prompt(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, generator, greedy):
+    if greedy:
+        return sample(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, generator, greedy)
     parts = []
     for prompt, mask in zip(prompts, prompt_mask):
-        settings["generator"] = common.make_generator("cpu", *prompt[mask].tolist())
-        parts.append(sample(model, prompt[None], mask[None], *rest, **settings))
+        generator = common.make_generator("cpu", *prompt[mask].tolist())
+        parts.append(sample(model, prompt[None], mask[None], end_ids, args, samples_per_prompt, generator))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 

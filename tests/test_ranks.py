@@ -125,11 +125,11 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
     """Two ranks, one after the other in this process, each for three iterations, and another seed."""
     noise, prompts, rollout = [], [], common.rollout
 
-    def recording_rollout(model, ids, *rest, generator=None, **settings):
+    def recording_rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy):
         if generator is not None:
             noise.append(generator.initial_seed())
             prompts.append(ids.tolist())
-        return rollout(model, ids, *rest, generator=generator, **settings)
+        return rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy)
 
     monkeypatch.setattr(common, "rollout", recording_rollout)
     monkeypatch.setattr(common, "try_model", lambda *_: None)

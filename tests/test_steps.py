@@ -76,7 +76,7 @@ class Recorded:
         checkpoint(tmp_path / "checkpoint")
         generator, sample = torch.Generator().manual_seed(0), common.sample
 
-        def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, greedy=False, **more):
+        def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, _, greedy):
             if greedy:  # the last token of the prompt and the end
                 responses = torch.zeros(len(prompts), LENGTH, dtype=torch.long)
                 responses[:, 0], responses[:, 1] = prompts[:, -1], 10
