@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
 # Threads that spin while waiting slow two programs on one machine tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "2500")  # read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1800")  # read when torch is imported
 
 import numpy as np
 import tokenizers
