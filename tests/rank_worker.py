@@ -44,13 +44,14 @@ def reward_with_parts(prompts, responses, **columns):
     return scores, {"prompt_length": list(map(len, prompts)), "length": list(map(len, responses))}
 
 
-def rollout_by_prompt(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, generator, greedy):
+def rollout_by_prompt(model, prompts, prompt_mask, *rest):
+    *rest, _, greedy = rest
     if greedy:
-        return sample(model, prompts, prompt_mask, end_ids, args, samples_per_prompt, generator, greedy)
+        return sample(model, prompts, prompt_mask, *rest, greedy=True)
     parts = []
     for prompt, mask in zip(prompts, prompt_mask):
         generator = common.make_generator("cpu", *prompt[mask].tolist())
-        parts.append(sample(model, prompt[None], mask[None], end_ids, args, samples_per_prompt, generator))
+        parts.append(sample(model, prompt[None], mask[None], *rest, generator=generator))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 

@@ -125,11 +125,12 @@ def test_seed_rank_and_iteration_have_prompts_and_noise_of_their_own(tmp_path, m
     """Two ranks, one after the other in this process, each for three iterations, and another seed."""
     noise, prompts, rollout = [], [], common.rollout
 
-    def recording_rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy):
+    def recording_rollout(model, ids, *rest):
+        *_, generator, _ = rest
         if generator is not None:
             noise.append(generator.initial_seed())
             prompts.append(ids.tolist())
-        return rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy)
+        return rollout(model, ids, *rest)
 
     monkeypatch.setattr(common, "rollout", recording_rollout)
     monkeypatch.setattr(common, "try_model", lambda *_: None)

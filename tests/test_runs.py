@@ -242,8 +242,9 @@ def test_logged_numbers_are_those_of_the_batch(tmp_path, monkeypatch):
     seen = {}
     rollout, score, shaped = common.rollout, common.score_responses, reinforce_lm.shaped_rewards
 
-    def recording_rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy):
-        result = rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy)
+    def recording_rollout(*args):
+        result = rollout(*args)
+        *_, samples_per_prompt, _, greedy = args
         if samples_per_prompt > 1:
             assert not greedy
             seen["responses"], _, _ = result
@@ -407,13 +408,13 @@ def test_in_bfloat16_responses_come_from_the_latest_weights(script, tmp_path, mo
     module, policies, weights = importlib.import_module(script), [], []
     load, rollout = common.load_policy, common.rollout
 
-    def checking_rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy):
+    def checking_rollout(model, *args):
+        *rest, generator, greedy = args
         assert model is policies[-1] and all(weight.dtype == torch.float32 for weight in model.parameters())
         weights.append(model.get_input_embeddings().weight[0, 0].item())
         drawn = torch.Generator().set_state(generator.get_state()) if generator else None
-        result = rollout(model, ids, mask, end_ids, args, samples_per_prompt, generator, greedy)
-        copied = copy.deepcopy(model)
-        assert_same(rollout(copied, ids, mask, end_ids, args, samples_per_prompt, drawn, greedy), result)
+        result = rollout(model, *args)
+        assert_same(rollout(copy.deepcopy(model), *rest, drawn, greedy), result)
         return result
 
     monkeypatch.setattr(common, "load_policy", lambda *args: policies.append(load(*args)) or policies[-1])
