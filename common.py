@@ -53,7 +53,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 # ===== Errors =====
 def require(condition, name, expected, found):
-    """Exit with one line on standard error unless `condition` holds. name: a flag, row or the like."""
+    """Exit with one line on standard error unless `condition` holds. name: a flag or a row."""
     if not condition:
         sys.exit(" ".join(f"error: {name}: expected {expected}, found {str(found)[:300]}".split()))
 
@@ -121,7 +121,7 @@ def start_ranks(args):
 
 
 def make_generator(device, *key):
-    """A torch.Generator seeded by the integers of `key`; final zeros count, too."""
+    """A torch.Generator seeded by the integers of `key`; final zeros count."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence((*key, len(key))).generate_state(1)[0]))
 
 
@@ -318,7 +318,7 @@ def micro_batches_of(groups, attention_mask, args):
             total += cost
             if total > args.micro_batch_tokens:
                 counts.append(0)
-                total = prompt + cost  # runs the prompt again
+                total = prompt + cost
             counts[-1] += 1
     return groups.flatten().split(counts)
 
@@ -450,8 +450,8 @@ def load_rows(dataset, flag, args):
         with input_errors(f"{where}: expected a JSON object, found {str(line)[:40]!r}"):
             row = {**json.loads(line)} if is_file else dict(line)
         columns = columns or set(row)
-        expected = f"{sorted(needed | columns)} (--prompt-column, --reference-column)"
-        require(needed <= set(row) == columns, where, expected, sorted(row))
+        require(needed <= set(row), where, f"{sorted(needed)} (--prompt-column, --reference-column)", sorted(row))
+        require(set(row) == columns, where, f"the columns of row 1, {sorted(columns)}", sorted(row))
         values = [row.pop(name) for name in (args.prompt_column, args.reference_column) if name in row]
         rows.append(row | dict(zip(("prompt", "reference"), values)))
         kind, prompt = type(rows[0]["prompt"]), values[0]
@@ -616,7 +616,7 @@ def rollout(model, prompts, prompt_mask, end_ids, args, samples_per_prompt=1, ge
             graph, computed = torch.cuda.CUDAGraph(), logits
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 logits = forward(inputs, positions, used)  # recorded, not run: replays write here
-            logits.copy_(computed)  # of this step
+            logits.copy_(computed)
     require(logprobs.isfinite().all(), "--model", "finite logits; try a lower learning rate", "NaN or infinity")
     response_mask = mask_through_first_end(responses, end_ids)  # (b, R)
     return responses.where(response_mask, PAD_ID), response_mask, logprobs.where(response_mask, 0.0)
