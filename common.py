@@ -375,7 +375,7 @@ def accept_packed_rows(model):
     """Wrap a model's attention function; transformers passes it the unknown keyword `packed`."""
     own, kind = model.config._attn_implementation, model.config.model_type
     name = f"packed_{own}_{kind}"
-    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # not in the table
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)  # in no table
     attend = ALL_ATTENTION_FUNCTIONS.get(own, eager)
     AttentionInterface.register(name, partial(packed_attention, attend))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
@@ -637,12 +637,12 @@ def try_model(policy, tokenizer, end_ids, args, policy_logprobs, rows):
     with input_errors(f"--model: a trial of {args.model} failed"):
         prompts = [{"input_ids": longest}, {"input_ids": longest[: len(longest) // 2 + 1]}]
         *batch, sampled, _, _ = sample(policy, tokenizer, end_ids, args, prompts, 2, make_generator(policy.device, 0))
-        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, R), sampler and loss
+        results = torch.stack([sampled, policy_logprobs(policy, *batch, args)[0]], 1)  # (4, 2, R)
         for tokens, real, mask, logprobs in zip(*batch, results):
             with autocast(tokens.device, args):
                 logits = policy(tokens[real][None, :-1]).logits[0]  # (L-1, V)
             plain = (logits / args.temperature).log_softmax(-1).gather(1, tokens[real][1:, None])[:, 0]
-            gaps.append((plain[-mask.sum() :] - logprobs[:, mask]).abs().max().item())
+            gaps.append((plain[real.cumsum(0)[-len(mask) :][mask] - 2] - logprobs[:, mask]).abs().max().item())
     expected = "the log-probabilities of the plain model, from sampler and loss"
     require(np.max(gaps) < (0.2 if args.dtype == "bfloat16" else 0.05), "--model", expected, f"differences of {gaps}")
 

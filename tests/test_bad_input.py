@@ -296,6 +296,20 @@ def make_loud(policy):
             parameter.data.normal_(0, 2.0 if "position" in name else 0.5)
 
 
+def test_a_model_passes_its_trial_if_the_mask_has_holes(load_and_try, monkeypatch):
+    """The second token is in the attention mask alone, as the output of a tool would be."""
+    sample = common.sample
+
+    def sample_with_hole(*args):
+        sequences, attention_mask, response_mask, logprobs, *others = sample(*args)
+        response_mask[:, 1] = False
+        assert response_mask[:, 2].any()
+        return sequences, attention_mask, response_mask, logprobs.where(response_mask, 0.0), *others
+
+    monkeypatch.setattr(common, "sample", sample_with_hole)
+    load_and_try("llama", change=make_loud)
+
+
 @pytest.mark.parametrize(
     "kind, dtype",
     [
